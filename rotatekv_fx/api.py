@@ -1,0 +1,288 @@
+"""transform(), restore(), calibrate(), report(): wires the parts, and is the only module that knows them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rotatekv_fx import ops, recipes
+from rotatekv_fx.binding import Binding, Original, bind, unbind
+from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, plan_positions
+from rotatekv_fx.cache.codec import Codec
+from rotatekv_fx.calibration import Calibration, LayerStatistics
+from rotatekv_fx.capture import Capture, capture
+from rotatekv_fx.collect import Progress, collect
+from rotatekv_fx.config import RotateKVConfig
+from rotatekv_fx.errors import ConfigError, InputError, MatchError, StateError
+from rotatekv_fx.passes.base import Rewrite
+from rotatekv_fx.passes.normalize import normalize
+from rotatekv_fx.passes.pipeline import dump_to, run_passes
+from rotatekv_fx.recipes import LayerPlan, LayerShape
+from rotatekv_fx.report import Report, SiteReport, describe_site
+from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
+
+logger = logging.getLogger(__name__)
+_STATE = "rotatekv_state"
+_SUPPORTED_ATTENTION = ("sdpa", "eager")
+_FP16_MARGIN = 4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matched:
+    sites: list[AttentionSite]
+    positions: dict[int, PositionPlan]
+    rejections: list[Rejection]
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Kept on a transformed model."""
+
+    report: Report
+    originals: tuple[Original, ...]
+
+
+def transform(
+    model: nn.Module, config: RotateKVConfig | None = None, calibration: Calibration | None = None
+) -> nn.Module:
+    """Give a Hugging Face decoder a packed KV cache, in place.
+
+    Args:
+        model: a decoder-only model of transformers, in eval mode; returned as the same object.
+        config: settings; the default is the recipe "paper" at 2 bits.
+        calibration: statistics of this model. Without them, a recipe that needs some lets the model write its own
+            calibration text first, which is logged.
+
+    Returns:
+        `model`. Its `generate` and `forward` run on the packed cache.
+
+    Raises:
+        ConfigError: a setting is unknown or does not fit the model.
+        InputError: the model is no decoder with a KV cache.
+        MatchError: layers were rejected (and not `allow_partial`), or none matched.
+        CalibrationError: `calibration` belongs to another model.
+        StateError: the model is transformed already, or in training mode.
+        On any error the model is left as it was.
+    """
+    config = config or RotateKVConfig()
+    recipe = recipes.get(config.recipe)
+    _check_model(model)
+    if calibration is not None:
+        calibration.check(model)
+    matched = _match(model)
+    _check_matched(model, matched, config)
+    if calibration is None and recipe.needs_calibration:
+        calibration = collect(model, matched.sites, None, config.seed)
+    bindings, reports = [], []
+    for site in matched.sites:
+        binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
+        bindings.append(binding)
+        reports.append(site_report)
+    originals = _bind_all(model, bindings, config.keep_originals)
+    kept = sum(t.nbytes for o in originals for t in (o.parameters or {}).values())
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+    found = Report(type(model).__name__, tuple(reports), tuple(matched.rejections), settings, kept)
+    setattr(model, _STATE, _State(found, tuple(originals)))
+    logger.info("Transformed %d attention modules of %s.", len(reports), type(model).__name__)
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `transform`: the model's own forwards, and its original weights bit for bit.
+
+    Raises:
+        StateError: the model is not transformed, or was with `keep_originals=False`.
+    """
+    state = _state(model)
+    if any(o.parameters is None for o in state.originals):
+        raise StateError("the original weights were not kept (keep_originals=False); load the model again.")
+    for original in state.originals:
+        unbind(model, original)
+    delattr(model, _STATE)
+    return model
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Tensor] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Collect the statistics that recipes need, in one pass. One calibration serves all recipes.
+
+    Args:
+        model: the untransformed model.
+        data: windows of token ids, each [T] or [1, T]; None lets the model write 12 windows of 1,024 tokens.
+        seed: of self-generated text.
+        progress: called as progress(done, total); None shows a progress bar.
+
+    Raises:
+        StateError: the model is transformed.
+        CalibrationError: the data holds no usable windows.
+        MatchError: no attention module matched.
+    """
+    _check_model(model)
+    matched = _match(model)
+    if not matched.sites:
+        raise MatchError(_no_match(model, matched))
+    return collect(model, matched.sites, data, seed, progress)
+
+
+def report(model: nn.Module) -> Report:
+    """What `transform` matched, rejected and inserted.
+
+    Raises:
+        StateError: the model is not transformed.
+    """
+    return _state(model).report
+
+
+def inspect_model(model: nn.Module) -> Report:
+    """What `transform` would match and reject; the model is left untouched.
+
+    Raises:
+        InputError: the model is no decoder with a KV cache.
+        StateError: it is transformed already.
+    """
+    _check_model(model)
+    matched = _match(model)
+    sites = tuple(describe_site(s, matched.positions[s.layer_index].description) for s in matched.sites)
+    return Report(type(model).__name__, sites, tuple(matched.rejections))
+
+
+def _state(model: nn.Module) -> _State:
+    state = getattr(model, _STATE, None)
+    if state is None:
+        raise StateError(f"this {type(model).__name__} is not transformed; call rotatekv_fx.transform(model) first.")
+    return state
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise InputError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
+    if hasattr(model, _STATE):
+        raise StateError("the model is transformed already; call rotatekv_fx.restore(model) first.")
+    if model.training:
+        raise StateError("the model is in training mode; call model.eval() first.")
+    implementation = getattr(model.config, "_attn_implementation", "sdpa")
+    if implementation not in _SUPPORTED_ATTENTION:
+        raise ConfigError(
+            f"attention implementation {implementation!r} makes masks that packed layers cannot read; call "
+            "model.set_attn_implementation('sdpa') first."
+        )
+
+
+def _match(model: nn.Module) -> _Matched:
+    captures = capture(model)
+    for one in captures:
+        if isinstance(one, Capture):
+            normalize(one)
+    found, rejections = find_sites(captures)
+    shared = _shared_parameters(model)
+    sites, positions, numbering = [], {}, {}
+    for site in found:
+        _keep_mergeable(site, shared)
+        try:
+            positions[site.layer_index] = plan_positions(site, numbering)
+            sites.append(site)
+        except MatchError as error:
+            rejections.append(Rejection(site.name, site.layer_index, str(error)))
+    return _Matched(sites, positions, rejections)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that more than one name leads to: nothing may be merged into them."""
+    seen: set[int] = set()
+    return {
+        id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in seen or seen.add(id(p))  # type: ignore[func-returns-value]
+    }
+
+
+def _keep_mergeable(site: AttentionSite, shared: set[int]) -> None:
+    """Forget projections whose parameters are shared or quantized: their rotation is applied online."""
+    for side in ("key_projection", "value_projection", "output_projection"):
+        projection = getattr(site, side)
+        if projection is None:
+            continue
+        names = [n for n in (projection.weight, projection.bias) if n is not None]
+        own = dict(site.capture.module.named_parameters())
+        plain = all(n in own and type(own[n]) is nn.Parameter and own[n].is_floating_point() for n in names)
+        if not plain or any(id(own[n]) in shared for n in names):
+            setattr(site, side, None)
+
+
+def _check_matched(model: nn.Module, matched: _Matched, config: RotateKVConfig) -> None:
+    if not matched.sites or (matched.rejections and not config.allow_partial):
+        raise MatchError(_no_match(model, matched))
+
+
+def _no_match(model: nn.Module, matched: _Matched) -> str:
+    total = len(matched.sites) + len(matched.rejections)
+    reasons = "\n".join(
+        f"  layer {r.layer_index} ({r.name}): {r.reason}" + (f" [node {r.node}]" if r.node else "")
+        for r in matched.rejections
+    )
+    remedy = "; allow_partial=True transforms the others" if matched.sites else ""
+    return f"{len(matched.rejections)} of {total} attention modules of {type(model).__name__} rejected{remedy}:\n{reasons}"
+
+
+def _rewrite(
+    site: AttentionSite, positions: PositionPlan, config: RotateKVConfig, calibration: Calibration | None
+) -> tuple[Binding, SiteReport]:
+    """Run the passes over one site and collect everything that binding it needs."""
+    statistics = calibration.layers.get(site.layer_index) if calibration is not None else None
+    shape = LayerShape(site.layer_index, site.kv_heads, site.query_heads, site.head_dim, site.value_dim)
+    plan = recipes.get(config.recipe).plan(shape, config, statistics)
+    if not plan.before_rope:
+        positions = PositionPlan((), (), [])
+    described = describe_site(site, positions.description)
+    rewrite = Rewrite(site, plan, positions.inputs)
+    folder = dump_to(Path(config.dump_dir), f"layer_{site.layer_index:02d}") if config.dump_dir is not None else None
+    counts = run_passes(rewrite, dump=folder)
+    module, example = site.capture.module, site.hidden_example
+    device = example.device
+    buffers = {**site.capture.constants, **rewrite.buffers}
+    runtime = AttentionRuntime(
+        site.layer_index,
+        _layer_spec(site, plan, statistics),
+        positions,
+        {name: tensor.to(device) for name, tensor in buffers.items()},
+    )
+    parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
+    used = {str(n.target).split(".")[1] for n in rewrite.graph.nodes if str(n.target).startswith("rotatekv.")}
+    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(used)}
+    site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
+    return Binding(site.capture, rewrite.graph, runtime, parameters), site_report
+
+
+def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:
+    dtype = site.hidden_example.dtype
+    exact = dtype
+    if dtype.itemsize > 2:
+        norm = max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
+        exact = torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
+    key = Codec(plan.key_quantizer, site.kv_heads, dtype)
+    value = Codec(plan.value_quantizer, site.kv_heads, dtype)
+    return LayerSpec(key, value, plan.sinks, exact)
+
+
+def _bind_all(model: nn.Module, bindings: list[Binding], keep_originals: bool) -> list[Original]:
+    done: list[Original] = []
+    parameters: list[dict[str, Any]] = []
+    try:
+        for binding in bindings:
+            module = binding.capture.module
+            parameters.append({n: module.get_parameter(n) for n in binding.parameters})
+            done.append(bind(model, binding, keep_originals))
+    except BaseException:
+        for original, before in zip(done, parameters, strict=False):
+            unbind(model, dataclasses.replace(original, parameters={n: p.detach() for n, p in before.items()}))
+        raise
+    return done

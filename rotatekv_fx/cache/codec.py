@@ -1,0 +1,57 @@
+"""How keys or values become tensors with a token axis, and come back.
+
+Every stored tensor has the batch at axis 0 and tokens at axis 2, so that cache layers treat them alike:
+codes [B, Ng, N, bytes], scale [B, Ng, N] and offset [B, Ng, N]; or, exact, [B, H, N, D].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from rotatekv_fx.recipes.base import Quantizer
+
+ops = torch.ops.rotatekv
+Parts = tuple[Tensor, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Stores [B, H, S, D] as codes, or exactly where `quantizer` is None.
+
+    Attributes:
+        heads: H.
+        dtype: of what is stored and read back, the model's.
+    """
+
+    quantizer: Quantizer | None
+    heads: int
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> int:
+        """How many tensors hold what is stored."""
+        return 1 if self.quantizer is None else 3
+
+    def encode(self, x: Tensor) -> Parts:
+        """[B, H, S, D] -> stored tensors."""
+        if self.quantizer is None:
+            return (x,)
+        q = self.quantizer
+        return ops.quantize(x, q.bits, q.group, q.clip, q.scheme)
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Stored tensors -> [B, H, N, D]."""
+        if self.quantizer is None:
+            return parts[0]
+        return ops.dequantize(*parts, self.quantizer.bits, self.quantizer.group, self.heads, self.dtype)
+
+    def write(self, parts: Parts, x: Tensor, slots: Tensor) -> None:
+        """Store [B, H, S, D] in place at token slots int64 [S]."""
+        if self.quantizer is None:
+            ops.store(parts[0], x, slots)
+        else:
+            q = self.quantizer
+            ops.append(*parts, x, slots, q.bits, q.group, q.clip, q.scheme)

@@ -1,0 +1,130 @@
+"""What a rewritten attention module holds: its constants, and the way to its packed cache layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
+
+from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
+from rotatekv_fx.cache.positions import PositionPlan
+from rotatekv_fx.errors import StateError
+
+_OWNERS = "rotatekv_position_owners"  # on a Cache: which layer holds the positions of which inputs
+
+
+class AttentionRuntime(nn.Module):
+    """The `rotatekv` child of a rewritten attention module.
+
+    Its buffers are the constants of the rewritten graph; they follow the model's device and stay out of its
+    state_dict. `update` is what the graph calls in place of the cache write.
+    """
+
+    def __init__(self, layer_index: int, spec: LayerSpec, positions: PositionPlan, buffers: dict[str, Tensor]):
+        super().__init__()
+        self.layer_index, self.spec, self.positions = layer_index, spec, positions
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.residual: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AttentionRuntime:
+        """Follow the model's device, but keep constants in the precision they were computed in."""
+        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            self._buffers[name] = self._buffers[name].to(dtype)
+        return self
+
+    def update(
+        self,
+        cache: Cache | None,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Any, ...]:
+        """Store new tokens in the packed layer and return what the attention reads.
+
+        Without a cache a layer lives for this call only, so that the numbers are those of the packed cache.
+
+        Returns:
+            mask, keys and values [B, Hkv, N, D], and the positional inputs of those N tokens.
+        """
+        stored = self.positions.encode(positions)
+        keys, values, stored = self.layer(cache).step(key, value, stored, residual, mask)
+        return (mask, keys, values, *self.positions.decode(stored))
+
+    def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the enclosing block: keep its input [B, S, C] until the attention asks for it."""
+        leaves = (*args, *kwargs.values())
+        hidden = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+        if hidden.shape[1] > 1:
+            cache = next((c for c in leaves if isinstance(c, Cache)), None)
+            (self if cache is None else self.layer(cache)).residual = hidden
+
+    def take_residual(self, cache: Cache | None) -> Tensor | None:
+        """What `observe` kept for this call, once."""
+        holder = self if cache is None else self.layer(cache)
+        residual, holder.residual = holder.residual, None
+        return residual
+
+    def layer(self, cache: Cache | None) -> PackedLayer:
+        """The packed layer of this module in `cache`, put in the place of an empty transformers layer.
+
+        Raises:
+            StateError: the layer already holds 16-bit keys, or is of a kind that has no packed twin.
+        """
+        if cache is None:
+            return TWINS[DynamicLayer](DynamicLayer(), self.spec, None)
+        layers = _layers_of(cache)
+        while len(layers) <= self.layer_index:
+            layers.append(DynamicLayer())
+        layer = layers[self.layer_index]
+        if isinstance(layer, PackedLayer):
+            return layer
+        if type(layer) not in TWINS:
+            raise StateError(
+                f"cache layer {self.layer_index} is a {type(layer).__name__}, which has no packed twin; use a "
+                "DynamicCache or a StaticCache."
+            )
+        if layer.is_initialized:
+            raise StateError(
+                f"cache layer {self.layer_index} already holds 16-bit keys of an untransformed model; pass a new cache."
+            )
+        limit = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)
+        key = (type(layer), limit, self.positions.key)
+        owners = cache.__dict__.setdefault(_OWNERS, {})
+        packed = TWINS[type(layer)](layer, self.spec, owners.get(key))
+        owners.setdefault(key, packed)
+        layers[self.layer_index] = packed
+        return packed
+
+
+def _layers_of(cache: Cache) -> list[Any]:
+    if type(cache) not in (DynamicCache, StaticCache, Cache):
+        raise StateError(f"the cache is a {type(cache).__name__}; use a DynamicCache or a StaticCache.")
+    if getattr(cache, "offloading", False):
+        raise StateError("the cache offloads to the CPU, which packed layers do not; use offloading=False.")
+    return cache.layers
+
+
+def cache_nbytes(cache: Cache) -> int:
+    """Bytes that a KV cache holds: every tensor's storage once, packed or not.
+
+    Args:
+        cache: a cache filled by a transformed or an untransformed model.
+    """
+    storages = {}
+    for layer in cache.layers:
+        for tensor in _tensors(layer):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    own = [t for t in vars(layer).values() if isinstance(t, Tensor)]
+    return own + (layer.stored_tensors() if isinstance(layer, PackedLayer) else [])

@@ -1,0 +1,125 @@
+"""Calibration statistics as data: what recipes read, and the file they are kept in."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rotatekv_fx.errors import CalibrationError
+
+FORMAT = "rotatekv-calibration-1"
+_SAMPLES = 512  # values of each parameter that the fingerprint reads
+_NOT_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """Sums over calibration tokens of one layer, float64, independent of any recipe.
+
+    Attributes:
+        tokens: [] how many tokens were seen.
+        key_sum: [Hkv, D] sum of the keys before RoPE.
+        key_norm, value_norm: [] largest L2 norm of one token's keys, values, all heads together.
+    """
+
+    tokens: Tensor
+    key_sum: Tensor
+    key_norm: Tensor
+    value_norm: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Statistics of every layer, bound to the model that they were collected on.
+
+    Attributes:
+        layers: by layer index.
+        fingerprint: of the model's weights and config.
+        source: what the tokens were, for people.
+    """
+
+    layers: dict[int, LayerStatistics]
+    fingerprint: str
+    source: str
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file with a JSON header.
+
+        Raises:
+            CalibrationError: the file cannot be written.
+        """
+        tensors = {
+            f"{index}.{field.name}": getattr(layer, field.name).contiguous()
+            for index, layer in self.layers.items()
+            for field in dataclasses.fields(layer)
+        }
+        header = {"format": FORMAT, "fingerprint": self.fingerprint, "source": self.source}
+        try:
+            save_file(tensors, str(path), metadata={"rotatekv": json.dumps(header)})
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"calibration file {path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a file written by `save`.
+
+        Raises:
+            CalibrationError: it is missing, damaged, or not a calibration file.
+        """
+        if not Path(path).is_file():
+            raise CalibrationError(f"calibration file {path} does not exist; write one with `rotatekv calibrate`.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("rotatekv", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise CalibrationError(f"calibration file {path} is damaged: {error}; write it again.") from error
+        if header.get("format") != FORMAT:
+            raise CalibrationError(f"{path} is no calibration file of this version ({FORMAT}); write it again.")
+        fields = {f.name for f in dataclasses.fields(LayerStatistics)}
+        grouped: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            index, _, field = name.partition(".")
+            grouped.setdefault(int(index), {})[field] = tensor
+        for index, layer in grouped.items():
+            if set(layer) != fields or not all(bool(t.isfinite().all()) for t in layer.values()):
+                raise CalibrationError(f"calibration file {path} is damaged at layer {index}; write it again.")
+        layers = {index: LayerStatistics(**layer) for index, layer in sorted(grouped.items())}
+        return cls(layers, header["fingerprint"], header["source"])
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse to serve another model.
+
+        Raises:
+            CalibrationError: the fingerprints differ.
+        """
+        found = model_fingerprint(model)
+        if found != self.fingerprint:
+            raise CalibrationError(
+                f"the calibration belongs to another model (fingerprint {self.fingerprint}, this model's is {found}); "
+                "calibrate this model."
+            )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Hash of a model's config and of a sample of every parameter, rounded to bfloat16 so that dtypes agree."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(_sample(parameter))
+    return digest.hexdigest()[:16]
+
+
+def _sample(parameter: Tensor) -> Any:
+    flat = parameter.detach().reshape(-1)
+    stride = max(1, flat.numel() // _SAMPLES)
+    return flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

@@ -1,0 +1,189 @@
+"""Collecting calibration statistics: one pass over the text, float64 sums, memory independent of its length."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.utils.logging import tqdm
+
+from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
+from rotatekv_fx.capture import lookup
+from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.sites import AttentionSite
+
+logger = logging.getLogger(__name__)
+aten = torch.ops.aten
+Progress = Callable[[int, int], None]
+
+GENERATED_WINDOWS = 12
+GENERATED_LENGTH = 1024
+
+
+class _Sums:
+    """Running sums of one layer."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, key: Tensor, value: Tensor) -> None:
+        """Add [B, Hkv, S, D] keys before RoPE and values."""
+        key, value = key.double(), value.double()
+        self._add("tokens", torch.tensor(float(key.shape[0] * key.shape[2]), dtype=torch.float64))
+        self._add("key_sum", key.sum((0, 2)).cpu())
+        self._most("key_norm", key.square().sum((1, 3)).max().sqrt().cpu())
+        self._most("value_norm", value.square().sum((1, 3)).max().sqrt().cpu())
+
+    def _add(self, name: str, new: Tensor) -> None:
+        self.values[name] = self.values[name] + new if name in self.values else new
+
+    def _most(self, name: str, new: Tensor) -> None:
+        self.values[name] = torch.maximum(self.values[name], new) if name in self.values else new
+
+
+def collect(
+    model: nn.Module,
+    sites: list[AttentionSite],
+    data: Iterable[Tensor] | None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Run the untransformed model over calibration windows and sum what its attention sites see.
+
+    Args:
+        model: the model, untransformed.
+        sites: its attention sites.
+        data: token ids, [T] or [1, T] a window; None lets the model write its own.
+        seed: of self-generated text.
+        progress: called as progress(done, total) after each window, total 0 where unknown; None shows a bar.
+
+    Raises:
+        CalibrationError: there are no windows, or a window is no row of token ids.
+    """
+    source = "given token ids"
+    if data is None:
+        logger.info("No calibration data: %s writes %d windows itself.", type(model).__name__, GENERATED_WINDOWS)
+        data, source = generate_windows(model, seed, progress), f"self-generated, seed {seed}"
+    total = len(data) if hasattr(data, "__len__") else 0
+    sums = {site.layer_index: _Sums() for site in sites}
+    windows = 0
+    with _observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
+        for window in data:
+            model(input_ids=_row(model, window), use_cache=False)
+            windows += 1
+            advance(windows, total)
+    if not windows:
+        raise CalibrationError("calibration data holds no windows; give at least one row of token ids.")
+    layers = {index: LayerStatistics(**s.values) for index, s in sums.items()}
+    bad = [i for i, s in layers.items() if not all(bool(getattr(s, f.name).isfinite().all()) for f in dataclasses.fields(s))]
+    if bad:
+        raise CalibrationError(f"keys or values of layers {bad} are not finite on the calibration data; use other data.")
+    return Calibration(layers, model_fingerprint(model), f"{source}, {windows} windows")
+
+
+def _row(model: nn.Module, window: Tensor) -> Tensor:
+    row = window.unsqueeze(0) if isinstance(window, Tensor) and window.dim() == 1 else window
+    fits = isinstance(row, Tensor) and row.dim() == 2 and row.shape[1] >= 2 and not row.is_floating_point()
+    if not fits:
+        raise CalibrationError(
+            f"a calibration window is {list(row.shape) if isinstance(row, Tensor) else type(row).__name__}; "
+            "give integer token ids [T] or [1, T] with T of at least 2."
+        )
+    return row.to(model.get_input_embeddings().weight.device)
+
+
+@contextlib.contextmanager
+def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[None]:
+    """Hooks that run each site's graph up to keys and values on what its module receives."""
+    hooks = []
+    for site in sites:
+        observe, add = observer(site), sums[site.layer_index].add
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site=site, observe=observe, add=add):
+            add(*observe(*(lookup(args, kwargs, i.path) for i in site.capture.inputs)))
+
+        hooks.append(site.capture.module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def observer(site: AttentionSite) -> fx.GraphModule:
+    """The site's graph as a function of the module's inputs: keys before RoPE and values, [B, Hkv, S, D]."""
+    graph, env = fx.Graph(), {}
+    for node in site.graph.nodes:
+        if node.op != "output":
+            env[node] = graph.node_copy(node, env.__getitem__)
+    key = env[site.key_pre]
+    if site.key_pre_transposed:
+        key = graph.call_function(aten.transpose.int, (key, 1, 2))
+    graph.output((key, env[site.value]))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(attributes(site, graph), graph)
+
+
+def attributes(site: AttentionSite, graph: fx.Graph) -> dict[str, Any]:
+    """What the `get_attr` nodes of a site's graph name, before the module is rewritten."""
+    constants = {f"rotatekv.{name}": tensor for name, tensor in site.capture.constants.items()}
+    own = {**dict(site.capture.module.named_parameters()), **dict(site.capture.module.named_buffers()), **constants}
+    return {str(n.target): own[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
+
+
+class _Report(StoppingCriteria):
+    """Never stops; reports each generated token."""
+
+    def __init__(self, advance: Progress, total: int):
+        self.advance, self.total = advance, total
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.advance(input_ids.shape[1], self.total)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generate_windows(model: nn.Module, seed: int = 0, progress: Progress | None = None) -> list[Tensor]:
+    """12 windows of up to 1,024 tokens that the model writes from its start token, at temperature 1."""
+    config = model.config.get_text_config(decoder=True)
+    start = next((t for t in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if t is not None), 0)
+    start = start[0] if isinstance(start, list) else start
+    length = min(GENERATED_LENGTH, getattr(config, "max_position_embeddings", None) or GENERATED_LENGTH)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.full((GENERATED_WINDOWS, 1), start, device=device)
+    with torch.random.fork_rng(), _bar("generate calibration text", progress) as advance:
+        torch.manual_seed(seed)
+        windows = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_beams=1,
+            max_new_tokens=length - 1,
+            eos_token_id=None,
+            pad_token_id=start,
+            stopping_criteria=StoppingCriteriaList([_Report(advance, length)]),
+        )
+    return list(windows)
+
+
+@contextlib.contextmanager
+def _bar(label: str, progress: Progress | None) -> Iterator[Progress]:
+    """The caller's progress function, or a bar of transformers' own kind (which its settings can turn off)."""
+    if progress is not None:
+        yield progress
+        return
+    with tqdm(desc=label, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        yield advance

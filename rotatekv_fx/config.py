@@ -1,0 +1,94 @@
+"""What the user can choose. Frozen, validated when built, with a fingerprint for caches and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from rotatekv_fx.errors import ConfigError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+MAX_GROUP_SIZE = 128
+
+# Settings that change what is reported or kept, never a number that the model computes.
+_NOT_NUMERIC = frozenset({"allow_partial", "keep_originals", "dump_dir"})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotateKVConfig:
+    """How the KV cache is transformed and stored.
+
+    Args:
+        recipe: name of a registered recipe: "paper" (RotateKV as published) or "none" (exact, for comparison).
+        key_bits, value_bits: bits of a stored code, one of 2, 3, 4, 8.
+        group_size: consecutive channels that share a scale. None takes 128, or the largest divisor of
+            Hkv * head_dim up to 128; an explicit size must divide Hkv * head_dim.
+        key_clip, value_clip: share of a group's range that the codes span, in (0, 1]. None takes the recipe's.
+        head_group: KV heads rotated together, a power of two. None takes the recipe's.
+        sinks: largest |values| of a block's input that name exact tokens, per sequence; 0 turns sinks off.
+        window: recent tokens kept exact. None takes the recipe's.
+        seed: of the text a model writes for its own calibration.
+        allow_partial: transform the layers that match although others were rejected.
+        keep_originals: keep the folded weights' originals on the CPU, so that `restore` works.
+        dump_dir: folder that receives each layer's graph before and after each pass.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it.
+    """
+
+    recipe: str = "paper"
+    key_bits: int = 2
+    value_bits: int = 2
+    group_size: int | None = None
+    key_clip: float | None = None
+    value_clip: float | None = None
+    head_group: int | None = None
+    sinks: int = 20
+    window: int | None = None
+    seed: int = 0
+    allow_partial: bool = False
+    keep_originals: bool = True
+    dump_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            if getattr(self, name) not in SUPPORTED_BITS:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {SUPPORTED_BITS}.")
+        for name in ("key_clip", "value_clip"):
+            clip = getattr(self, name)
+            if clip is not None and not 0.0 < clip <= 1.0:
+                raise ConfigError(f"{name} is {clip!r}; use a number above 0 and at most 1, or None.")
+        for name, least in (("group_size", 1), ("head_group", 1), ("window", 0), ("sinks", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} is {value!r}; use a whole number of at least {least}.")
+        if self.head_group is not None and self.head_group & (self.head_group - 1):
+            raise ConfigError(f"head_group is {self.head_group}; use a power of two.")
+
+    def fingerprint(self) -> str:
+        """Hash of every setting that changes a number the model computes."""
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in _NOT_NUMERIC}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def resolve_group_size(requested: int | None, channels: int) -> int:
+    """Channels that share a scale: the requested size, or the largest divisor of `channels` up to 128.
+
+    Args:
+        requested: `RotateKVConfig.group_size`.
+        channels: Hkv * head_dim of the layer.
+
+    Raises:
+        ConfigError: an explicit size does not divide `channels`.
+    """
+    if requested is None:
+        return next(g for g in range(min(MAX_GROUP_SIZE, channels), 0, -1) if channels % g == 0)
+    if channels % requested:
+        divisors = [g for g in range(1, min(256, channels) + 1) if channels % g == 0]
+        raise ConfigError(
+            f"group_size {requested} does not divide the {channels} channels of a layer's KV heads; "
+            f"use one of {divisors}, or None."
+        )
+    return requested

@@ -1,0 +1,49 @@
+"""Figures as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+
+def comparison_table(figures: Mapping[str, Any]) -> Table:
+    """What `evaluate` returns, one line a recipe."""
+    rows = figures["rows"]
+    table = Table(
+        title=f"Against the untransformed model (perplexity {figures['untransformed_perplexity']:.2f}), "
+        f"{rows[0]['tokens']:,} predictions",
+        title_justify="left",
+    )
+    table.add_column("recipe")
+    for name in ("bits K/V", "bits per element", "KL, nats", "same argmax", "perplexity", "seconds"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            f"{row['key_bits']}/{row['value_bits']}",
+            f"{row['bits_per_element']:.2f}",
+            f"{row['kl']:.4f}",
+            f"{row['agreement']:.1%}",
+            f"{row['perplexity']:.2f}",
+            f"{row['seconds']:.1f}",
+        )
+    return table
+
+
+def side_by_side(continuations: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Continuations (of `continue_greedily`) in columns, by title, each over its cache's bytes."""
+    table = Table(show_lines=True)
+    for title in continuations:
+        table.add_column(title, ratio=1)
+    table.add_row(*(escape(figures["continuation"].strip()) for figures in continuations.values()))
+    table.add_row(
+        *(
+            f"cache of {figures['cache_tokens']} tokens: {figures['cache_bytes']:,} bytes, "
+            f"{figures['bits_per_element']:.2f} bits an element"
+            for figures in continuations.values()
+        )
+    )
+    return table

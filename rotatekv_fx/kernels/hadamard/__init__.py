@@ -1,0 +1,1 @@
+"""Hadamard matrices and the rotation of grouped heads."""

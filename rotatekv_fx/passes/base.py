@@ -1,0 +1,60 @@
+"""What a pass is: a named rewrite of one attention site, its place in the order, and its counted result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor, fx
+
+from rotatekv_fx.recipes.base import LayerPlan
+from rotatekv_fx.sites import AttentionSite
+
+
+@dataclasses.dataclass
+class Rewrite:
+    """One site while passes work on it: the nodes that carry each role, and what must change on the module.
+
+    Attributes:
+        site: where things were found; its graph is rewritten in place.
+        plan: what the recipe computed for this layer.
+        position_inputs: the inputs that the stored positions are made of, by name.
+        key, value: what will be quantized, [B, Hkv, S, D].
+        key_read, value_read: what comes out of the (de)quantizer, in the form that `key`, `value` have.
+        key_attended, value_attended: what the attention reads.
+        residual: placeholder of the enclosing block's input, once sinks are preserved.
+        positions_read: the positional inputs of the stored keys, by the input's name.
+        buffers: tensors that the graph reads below `rotatekv.` on the module.
+        folded: changed parameters by name, in float64; rounded once when they are bound.
+    """
+
+    site: AttentionSite
+    plan: LayerPlan
+    position_inputs: tuple[str, ...] = ()
+    key: fx.Node | None = None
+    value: fx.Node | None = None
+    key_read: fx.Node | None = None
+    value_read: fx.Node | None = None
+    key_attended: fx.Node | None = None
+    value_attended: fx.Node | None = None
+    residual: fx.Node | None = None
+    positions_read: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    folded: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.site.graph
+
+    @property
+    def mask(self) -> fx.Node | None:
+        return self.site.mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """A named rewrite: `function(rewrite)` returns what it counted; it must run after the passes named in `after`."""
+
+    name: str
+    after: tuple[str, ...]
+    function: Callable[[Rewrite], dict[str, int]]

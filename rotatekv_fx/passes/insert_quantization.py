@@ -1,0 +1,49 @@
+"""insert_quantization: what the attention reads has been through the codes.
+
+    before:  key ~> key_read            value ~> value_read
+    after:   key -> quantize -> dequantize -> key_read            (values alike)
+"""
+
+from __future__ import annotations
+
+from operator import getitem
+
+import torch
+from torch import fx
+
+from rotatekv_fx.passes.base import Rewrite
+from rotatekv_fx.recipes.base import Quantizer
+
+ops = torch.ops.rotatekv
+
+
+def insert_quantization(rewrite: Rewrite) -> dict[str, int]:
+    """Put quantize and dequantize nodes between what is stored and what is read.
+
+    Returns:
+        Count of quantize nodes (0 where the plan stores exact values).
+    """
+    plan, site = rewrite.plan, rewrite.site
+    sides = ((rewrite.key, rewrite.key_read, plan.key_quantizer), (rewrite.value, rewrite.value_read, plan.value_quantizer))
+    quantized = 0
+    for stored, read, quantizer in sides:
+        if quantizer is not None:
+            _quantize(rewrite.graph, stored, read, quantizer, site.kv_heads)
+            quantized += 1
+    return {"quantized": quantized}
+
+
+def _quantize(graph: fx.Graph, stored: fx.Node, read: fx.Node, quantizer: Quantizer, heads: int) -> None:
+    q = quantizer
+    with graph.inserting_before(read):
+        packed = graph.call_function(ops.quantize.default, (stored, q.bits, q.group, q.clip, q.scheme))
+        parts = [graph.call_function(getitem, (packed, i)) for i in range(3)]
+        exact = graph.call_function(ops.dequantize.default, (*parts, q.bits, q.group, heads, _dtype(stored)))
+    read.replace_input_with(stored, exact)
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    """The dtype of a captured tensor, or of the captured tensor that an inserted node was made of."""
+    while "val" not in node.meta:
+        node = node.args[0]
+    return node.meta["val"].dtype

@@ -1,0 +1,17 @@
+"""Recipes: calibration statistics -> transforms of K and V. A new recipe is one file that registers itself."""
+
+from rotatekv_fx.recipes import none, paper
+from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer, Recipe, get, names, register
+
+__all__ = [
+    "ChannelTransform",
+    "LayerPlan",
+    "LayerShape",
+    "Quantizer",
+    "Recipe",
+    "get",
+    "names",
+    "none",
+    "paper",
+    "register",
+]

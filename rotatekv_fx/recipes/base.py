@@ -1,0 +1,126 @@
+"""What a recipe decides for one layer, and the registry of recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rotatekv_fx.calibration import LayerStatistics
+from rotatekv_fx.config import RotateKVConfig
+from rotatekv_fx.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelTransform:
+    """A linear map of one token's channels, all heads concatenated: y = (x @ matrix)[order].
+
+    Attributes:
+        matrix: float64 [N, M, M], or [1, M, M] shared by all blocks of M channels.
+        inverse: float64, its inverse.
+        order: int64 [H*D], the channels' order after the matrix, or None.
+    """
+
+    matrix: Tensor
+    inverse: Tensor
+    order: Tensor | None = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Transform float64 [..., H*D] channels."""
+        blocks = x.unflatten(-1, (-1, self.matrix.shape[-1])).unsqueeze(-2)
+        y = (blocks @ self.matrix).squeeze(-2).flatten(-2)
+        return y if self.order is None else y[..., self.order]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer:
+    """How channels become codes: `group` consecutive channels share a scale and an offset."""
+
+    bits: int
+    group: int
+    clip: float
+    scheme: str
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits of a code, plus its share of a 16-bit scale and a 16-bit offset."""
+        return self.bits + 32 / self.group
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """What is done to one layer's keys and values.
+
+    Attributes:
+        before_rope: keys are stored as they were before RoPE, which is applied to them when they are read.
+        key, value: channel transforms, or None for none.
+        key_quantizer, value_quantizer: None stores exact values in the model's own dtype.
+        sinks: largest |values| of the block's input that name exact tokens.
+        window: recent tokens kept exact.
+    """
+
+    before_rope: bool = False
+    key: ChannelTransform | None = None
+    value: ChannelTransform | None = None
+    key_quantizer: Quantizer | None = None
+    value_quantizer: Quantizer | None = None
+    sinks: int = 0
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """Heads and channels of one layer's cache."""
+
+    layer_index: int
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class Recipe(Protocol):
+    """A way to turn calibration statistics into transforms of K and V."""
+
+    name: str
+    needs_calibration: bool
+
+    def plan(
+        self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
+    ) -> LayerPlan: ...
+
+
+_REGISTRY: dict[str, Recipe] = {}
+
+
+def register(recipe: Recipe) -> Recipe:
+    """Make a recipe available by its name."""
+    _REGISTRY[recipe.name] = recipe
+    return recipe
+
+
+def names() -> tuple[str, ...]:
+    """Names of the registered recipes."""
+    return tuple(sorted(_REGISTRY))
+
+
+def get(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _REGISTRY:
+        raise ConfigError(f"recipe {name!r} is unknown; use one of {', '.join(names())}.")
+    return _REGISTRY[name]
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's Walsh-Hadamard matrix / sqrt(size), float64; for 2^a * c, c blocks of the one of 2^a."""
+    power = size & -size
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while matrix.shape[0] < power:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    return torch.block_diag(*[matrix / power**0.5] * (size // power))
