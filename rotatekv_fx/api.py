@@ -256,10 +256,18 @@ def _rewrite(
         {name: tensor.to(device) for name, tensor in buffers.items()},
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
-    used = {str(n.target).split(".")[1] for n in rewrite.graph.nodes if str(n.target).startswith("rotatekv.")}
-    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(used)}
+    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     return Binding(site.capture, rewrite.graph, runtime, parameters), site_report
+
+
+def _ops_of(rewrite: Rewrite) -> set[str]:
+    """Names of our ops that the rewritten graph and its packed layer run."""
+    targets = (str(n.target) for n in rewrite.graph.nodes if n.op == "call_function")
+    used = {t.split(".")[1] for t in targets if t.startswith("rotatekv.")}
+    quantizers = (rewrite.plan.key_quantizer, rewrite.plan.value_quantizer)
+    used |= {"quantize", "dequantize", "append"} if any(quantizers) else {"store"}
+    return used | ({"select_sinks", "take_tokens", "restore_sinks"} if rewrite.plan.sinks else set())
 
 
 def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:

@@ -90,7 +90,7 @@ def inspect_command(
     with _err.status("Capturing the attention modules"):
         found = inspect_model(loaded)
     _out.print(found.table())
-    _write_json(json_file, {"model": model, **found.as_dict()})
+    _write_json(json_file, {"model": model, "report": found.as_dict()})
 
 
 @app.command("calibrate")
@@ -263,7 +263,7 @@ def demo_command(
             title: continue_greedily(a_model, tokenizer, found.sites, prompt, max_new_tokens)
             for title, a_model in models.items()
         }
-    _print_line(f"\nPrompt: ... [dim]{escape(prompt[-70:].strip())}[/dim]")
+    _print_line(f"\nPrompt: ... [dim]{escape(' '.join(prompt.split())[-65:])}[/dim]")
     _out.print(side_by_side(continuations))
 
     figures = _compare(loaded, candidates, cut)
@@ -321,8 +321,7 @@ def _configs(
     """A config for each recipe. No command restores a model, so none keeps a second copy of its weights."""
     bits = RotateKVConfig.key_bits if bits is None else bits
     for name in names:
-        if name not in recipes.names():
-            raise InputError(f"There is no recipe {name!r}; use one of {', '.join(recipes.names())}.")
+        recipes.get(name)  # refuses an unknown one
     return [
         RotateKVConfig(
             recipe=name,
@@ -377,7 +376,7 @@ def _calibrate(
     context: int,
 ) -> tuple[Calibration | None, dict[str, Any] | None]:
     """Statistics and their origin, for the recipes that need any."""
-    if all(config.recipe == "none" for config in configs):
+    if not any(recipes.get(config.recipe).needs_calibration for config in configs):
         return None, None
     with _progress("Calibrating") as advance:
         statistics, origin = source.collect(model, tokenizer, context, CALIBRATION_WINDOWS, advance)
@@ -418,8 +417,12 @@ def _print_line(text: str) -> None:
 
 @contextlib.contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, as a function of (done, total)."""
+    """A bar on stderr, if that is a terminal, as a function of (done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_err, transient=True) as bar:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -492,3 +492,30 @@ def _restore_sinks(x: Tensor, exact: Tensor, slots: Tensor) -> Tensor:
         ConfigError: the shapes do not fit.
     """
     return x.new_empty(x.shape)
+
+
+def _check_take_tokens(x: Tensor, slots: Tensor) -> None:
+    _check_ranks("take_tokens", 4, x=x)
+    _check_ranks("take_tokens", 2, slots=slots)
+    _check_int64("take_tokens", "slots", slots)
+
+
+@_declare(
+    "take_tokens(Tensor x, Tensor slots) -> Tensor",
+    reference=attention.take_tokens,
+    check=_check_take_tokens,
+)
+def _take_tokens(x: Tensor, slots: Tensor) -> Tensor:
+    """The rows of x at token slots, each sequence its own.
+
+    Args:
+        x: [B, H, N, D].
+        slots: int64 [B, count], each in [0, N).
+
+    Returns:
+        [B, H, count, D] in the dtype of x.
+
+    Raises:
+        ConfigError: the shapes do not fit.
+    """
+    return x.new_empty((x.shape[0], x.shape[1], slots.shape[1], x.shape[3]))

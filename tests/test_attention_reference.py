@@ -106,7 +106,8 @@ def test_attend_with_a_mask_of_any_broadcastable_shape(shape, options):
 @pytest.mark.parametrize("options", CASES)
 def test_attend_keeps_a_16_bit_dtype(dtype, options):
     query, key, value = inputs(dtype=dtype)
-    out = call(query, key.float(), value, torch.zeros(1, 1, 5, 9), 0.3, **options)  # mask and key are cast
+    mask = torch.zeros(1, 1, 5, 9, dtype=torch.float64)
+    out = call(query, key.float(), value, mask, 0.3, **options)  # mask and key are cast
     assert out.dtype == dtype
     expected = attend_by_loops(query, key, value, torch.zeros(2, 6, 5, 9), 0.3, **options)
     assert relative_rms(out, expected) < (1e-2 if dtype == torch.bfloat16 else 1e-3)

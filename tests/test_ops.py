@@ -93,7 +93,7 @@ def test_compiled_rotate_and_attend_equal_eager():
 
 @pytest.mark.parametrize("scheme", ["zero_point", "midpoint"])
 def test_compiled_append_equals_eager_in_place(scheme):
-    def step(codes, scale, offset, kept, x, slots):
+    def step(x, slots, codes, scale, offset, kept):
         rotatekv.append(codes, scale, offset, x * 2.0, slots, 2, 32, 0.8, scheme)
         rotatekv.store(kept, x * 2.0, slots)
         return rotatekv.dequantize(codes, scale, offset, 2, 32, 2, torch.float32) + kept
@@ -104,7 +104,7 @@ def test_compiled_append_equals_eager_in_place(scheme):
     addresses = [b.data_ptr() for b in traced]
     for start, tokens in ((0, 5), (5, 1), (6, 1), (7, 3)):
         x, slots = torch.randn(1, 2, tokens, 16), torch.arange(start, start + tokens)
-        assert torch.equal(run(*traced, x, slots), step(*eager, x, slots))
+        assert torch.equal(run(x, slots, *traced), step(x, slots, *eager))
     for one, other in zip(traced, eager, strict=True):
         assert torch.equal(one, other)
     assert eager[0].any()

@@ -24,7 +24,7 @@ class KVShape(Protocol):
 
 
 def cache_elements(sites: Iterable[KVShape], tokens: int, batch: int = 1) -> int:
-    """Numbers in the keys and values of `batch` sequences of `tokens` tokens: Hkv (D + Dv) a token and site."""
+    """Numbers in the keys and values of `batch` sequences: Hkv (D + Dv) a token and site."""
     return sum(site.kv_heads * (site.head_dim + site.value_dim) for site in sites) * tokens * batch
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +17,7 @@ def comparison_table(figures: Mapping[str, Any]) -> Table:
         title=f"Against the untransformed model (perplexity {figures['untransformed_perplexity']:.2f}), "
         f"{rows[0]['tokens']:,} predictions",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
     )
     table.add_column("recipe")
     for name in ("bits K/V", "bits per element", "KL, nats", "same argmax", "perplexity", "seconds"):

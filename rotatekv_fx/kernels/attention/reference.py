@@ -84,3 +84,8 @@ def restore_sinks(x: Tensor, exact: Tensor, slots: Tensor) -> Tensor:
     rows = torch.where(inside, slots, torch.full_like(slots, length))  # others go to a row that is cut off
     index = rows[:, None, :, None].expand(exact.shape)
     return F.pad(x, (0, 0, 0, 1)).scatter_(2, index, exact.to(x.dtype))[:, :, :length].contiguous()
+
+
+def take_tokens(x: Tensor, slots: Tensor) -> Tensor:
+    """Reference of the op `rotatekv::take_tokens` (`rotatekv_fx.ops` describes it)."""
+    return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

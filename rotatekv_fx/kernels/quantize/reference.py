@@ -69,10 +69,10 @@ def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tupl
     batch, heads, tokens, dim = x.shape
     values = x.float().transpose(1, 2).reshape(batch, tokens, heads * dim // group, group).transpose(1, 2)
     high, low = values.amax(-1, keepdim=True), values.amin(-1, keepdim=True)
-    mid, top = 0.5 * high + 0.5 * low, 2**bits - 1
+    mid, top = (high + low) / 2, 2**bits - 1
     flat = ~(high > low)  # all values equal, or one is NaN
     if scheme == "midpoint":
-        reach = clip * (0.5 * high - 0.5 * low)
+        reach = clip * (high - low) / 2
         scale = _half_scale(2.0 * reach / top)
         offset = (mid - reach).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
         codes = torch.round((values - offset.float()) / scale)

@@ -1,0 +1,55 @@
+# Each target first prepares an environment of its own in $(VENV), once for each version of pyproject.toml.
+# To use one that exists instead: make test PYTHON=/path/to/python
+VENV ?= .venv
+# On Linux a bare "torch" brings its CUDA libraries along. To choose a build: make test TORCH=...
+TORCH ?= torch==2.13.0
+
+OWN_PYTHON := $(VENV)/bin/python
+PYTHON ?= $(OWN_PYTHON)
+READY := $(if $(filter $(OWN_PYTHON),$(PYTHON)),$(VENV)/.installed)
+
+.PHONY: help demo test lint test-gpu clean
+help:
+	@echo "make demo      the whole method on the bundled model, within five minutes"
+	@echo "make test      ruff and the test suite"
+	@echo "make lint      ruff and mypy"
+	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make clean     remove $(VENV) and caches"
+
+demo: $(READY)
+	@$(PYTHON) -m rotatekv_fx.cli demo
+
+test: $(READY)
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m pytest
+	@echo "make test: style and tests are clean."
+
+lint: $(READY)
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy rotatekv_fx
+
+# pytest's status 5 means that no test was collected.
+test-gpu: $(READY)
+	@$(PYTHON) -m pytest -m gpu || { status=$$?; \
+		test $$status -eq 5 && echo "make test-gpu: no test is marked gpu." || exit $$status; }
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+$(VENV)/.installed: pyproject.toml
+	@set -e; base=; \
+	for candidate in python3.12 python3.11 python3; do \
+		if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+		then base=$$candidate; break; fi; \
+	done; \
+	if test -z "$$base"; then \
+		echo "Python 3.11 or newer, with its venv module, is needed: install python3.12 and python3.12-venv." >&2; \
+		exit 1; \
+	fi; \
+	echo "Preparing $(VENV) with $$($$base --version)"; \
+	$$base -m venv --clear $(VENV); \
+	$(OWN_PYTHON) -m pip install --quiet "$(TORCH)"; \
+	$(OWN_PYTHON) -m pip install --quiet -e ".[dev,bench]"
+	@touch $@
