@@ -258,7 +258,9 @@ def _rewrite(
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
     lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
-    return Binding(site.capture, rewrite.graph, runtime, parameters), site_report
+    reads_mask = site.attention is None and site.mask is not None
+    mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
+    return Binding(site.capture, rewrite.graph, runtime, parameters, mask), site_report
 
 
 def _ops_of(rewrite: Rewrite) -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rotatekv_fx.cache import AttentionRuntime
-from rotatekv_fx.capture import RUNTIME_NAME, Capture, lookup
+from rotatekv_fx.capture import RUNTIME_NAME, Capture, CapturedInput, lookup
 from rotatekv_fx.errors import StateError
 
 
@@ -27,6 +27,7 @@ class Binding:
     graph: fx.Graph
     runtime: AttentionRuntime
     parameters: dict[str, Tensor]
+    inline_mask: CapturedInput | None  # the mask that inline attention reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +95,17 @@ def _forward(function: Any, binding: Binding) -> Any:
     hidden = next(i for i in capture.inputs if i.example.is_floating_point())
     hidden_path, dtype = hidden.path, hidden.example.dtype
     keeps_sinks = bool(binding.runtime.spec.sinks)
+    mask = binding.inline_mask
+    mask_at = -1 if mask is None else capture.inputs.index(mask)
+    mask_dtype = None if mask is None else mask.example.dtype
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        check_call(self, lookup(args, kwargs, hidden_path), dtype)
+        hidden = lookup(args, kwargs, hidden_path)
+        check_call(self, hidden, dtype)
         runtime, cache = self.rotatekv, lookup(args, kwargs, cache_path)
         inputs = [lookup(args, kwargs, path) for path in paths]
+        if mask_at >= 0 and inputs[mask_at] is None:
+            inputs[mask_at] = runtime.causal_mask(cache, hidden, mask_dtype)
         if keeps_sinks:
             inputs.append(runtime.take_residual(cache))
         return function(self, runtime, cache, *inputs)

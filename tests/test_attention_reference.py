@@ -1,4 +1,4 @@
-"""The ops `attend`, `select_sinks` and `restore_sinks`, against plain loops."""
+"""The ops `attend`, `select_sinks`, `take_tokens` and `restore_sinks`, against plain loops."""
 
 import math
 
@@ -12,6 +12,7 @@ from rotatekv_fx.errors import ConfigError
 attend = torch.ops.rotatekv.attend
 select_sinks = torch.ops.rotatekv.select_sinks
 restore_sinks = torch.ops.rotatekv.restore_sinks
+take_tokens = torch.ops.rotatekv.take_tokens
 
 
 def attend_by_loops(query, key, value, bias, scale, softcap=0.0, sink_logits=None):
@@ -214,6 +215,15 @@ def test_select_sinks_ranks_a_16_bit_residual_by_its_own_values():
     assert chosen.tolist() == [[2, 3, 0]]
 
 
+def test_take_tokens_reads_each_sequence_at_its_own_slots():
+    x = torch.randn(2, 3, 5, 4)
+    out = take_tokens(x, torch.tensor([[4, 0], [1, 1]]))
+    assert out.shape == (2, 3, 2, 4)
+    for b, slots in enumerate(([4, 0], [1, 1])):
+        for i, slot in enumerate(slots):
+            assert torch.equal(out[b, :, i], x[b, :, slot])
+
+
 def test_restore_sinks_replaces_rows_and_copies_the_rest():
     x, exact = torch.randn(2, 3, 5, 4), torch.randn(2, 3, 4, 4).double()
     exact[1, :, 3] = exact[1, :, 0]  # the same token twice
@@ -243,5 +253,7 @@ def test_sink_ops_refuse_what_does_not_fit():
         select_sinks(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.int64), 1)
     with pytest.raises(ConfigError, match="rows of exact and slots are 2 and 1"):
         restore_sinks(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 2, 4), torch.zeros(1, 1, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"take_tokens: slots is torch\.int32"):
+        take_tokens(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, dtype=torch.int32))
     with pytest.raises(ConfigError, match="heads of both tensors are 2 and 1"):
         restore_sinks(torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 2, 4), torch.zeros(1, 2, dtype=torch.int64))

@@ -12,7 +12,17 @@ from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
 
 rotatekv = torch.ops.rotatekv
-OPS = ["append", "attend", "dequantize", "quantize", "restore_sinks", "rotate", "select_sinks", "store"]
+OPS = [
+    "append",
+    "attend",
+    "dequantize",
+    "quantize",
+    "restore_sinks",
+    "rotate",
+    "select_sinks",
+    "store",
+    "take_tokens",
+]
 
 
 def buffers(batch, groups, slots, group, bits, scheme):
@@ -54,6 +64,8 @@ def samples():
     yield "select_sinks", (torch.randn(2, 5, 8, dtype=torch.bfloat16), torch.rand(2, 5) > 0.3, 60)
     yield "restore_sinks", (x, torch.randn(2, 4, 2, 16), torch.tensor([[0, 9], [-1, 2]]))
     yield "restore_sinks", (strided, torch.randn(2, 4, 1, 16).half(), torch.tensor([[1], [3]]))
+    yield "take_tokens", (strided, torch.tensor([[2, 0, 2, 1], [1, 1, 0, 2]]))
+    yield "take_tokens", (wide, torch.tensor([[1]]))
 
 
 SAMPLES = list(samples())
@@ -122,7 +134,7 @@ class Cached(torch.nn.Module):
         )
         rotatekv.append(codes, scale, offset, fresh, slots, 2, 32, 0.8, "zero_point")
         past = rotatekv.dequantize(codes, scale, offset, 2, 32, 2, torch.float32)
-        exact = x.gather(2, tokens[:, None, :, None].expand(-1, 2, -1, 16))
+        exact = rotatekv.take_tokens(x, tokens)
         past = rotatekv.restore_sinks(past, exact, torch.where(scores < 0.0, -1, tokens))
         return rotatekv.attend(x, past, past, None, 0.25, 0.0, None, True)
 
@@ -155,17 +167,18 @@ def test_reference_traces_without_specialising_the_length(name):
     def build(tokens):
         generator = torch.Generator().manual_seed(tokens)
         x = torch.randn(1, 2, tokens, 16, generator=generator)
-        packed = rotatekv.quantize(x, 3, 32, 1.0, "midpoint")
+        packed = rotatekv.quantize(x, 4, 32, 1.0, "midpoint")
         slots = torch.arange(tokens)
         return {
             "rotate": lambda: (x,),
             "quantize": lambda: (x,),
             "dequantize": lambda: packed,
-            "append": lambda: (*buffers(1, 1, 12, 32, 3, "midpoint"), x, slots),
+            "append": lambda: (*buffers(1, 1, 12, 32, 4, "midpoint"), x, slots),
             "store": lambda: (torch.zeros(1, 2, 12, 16), x, slots),
             "attend": lambda: (x, torch.cat([x, x], 2)),
             "select_sinks": lambda: (x[0],),
             "restore_sinks": lambda: (x, x[:, :, :2], torch.tensor([[tokens - 1, tokens]])),
+            "take_tokens": lambda: (x, torch.tensor([[tokens - 1, 0]])),
         }[name]()
 
     matrix, order, reference = hadamard(32)[None], torch.randperm(32), ops._REFERENCES[name]
@@ -173,9 +186,9 @@ def test_reference_traces_without_specialising_the_length(name):
     def function(*tensors):
         rest = {
             "rotate": (matrix, order, True),
-            "quantize": (3, 32, 1.0, "zero_point"),
-            "dequantize": (3, 32, 2, torch.float32),
-            "append": (3, 32, 1.0, "midpoint"),
+            "quantize": (4, 32, 1.0, "zero_point"),
+            "dequantize": (4, 32, 2, torch.float32),
+            "append": (4, 32, 1.0, "midpoint"),
             "attend": (tensors[-1], None, 0.25, 0.0, None, True),
             "select_sinks": (None, 4),
         }.get(name, ())
@@ -248,8 +261,8 @@ def test_lowered_to_names_an_unknown_op():
 
 
 def test_shapes_are_checked_while_tracing_too():
-    with pytest.raises(Exception, match="group 24 does not divide 32 channels"):
-        compiled(lambda x: rotatekv.quantize(x, 2, 24, 1.0, "midpoint"))(torch.zeros(1, 2, 3, 16))
+    with pytest.raises(ConfigError, match="group 24 does not divide 32 channels"):
+        rotatekv.quantize(torch.zeros(1, 2, 3, 16, device="meta"), 2, 24, 1.0, "midpoint")
 
 
 @pytest.mark.gpu

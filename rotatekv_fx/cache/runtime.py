@@ -71,6 +71,21 @@ class AttentionRuntime(nn.Module):
         residual, holder.residual = holder.residual, None
         return residual
 
+    def causal_mask(self, cache: Cache | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask [1, 1, S, N] that a module with inline attention expects where the model passed none."""
+        layer = self.layer(cache)
+        queries = hidden.shape[1]
+        length, offset = layer.get_mask_sizes(queries)
+        query = torch.arange(queries, device=hidden.device)[:, None] + layer.get_seq_length()
+        key = torch.arange(length, device=hidden.device)[None] + offset
+        visible = key <= query
+        if window := getattr(layer, "sliding_window", None):
+            visible &= key > query - window
+        visible = visible[None, None]
+        if dtype is torch.bool:
+            return visible
+        return torch.zeros((), dtype=dtype, device=hidden.device).masked_fill(~visible, torch.finfo(dtype).min)
+
     def layer(self, cache: Cache | None) -> PackedLayer:
         """The packed layer of this module in `cache`, put in the place of an empty transformers layer.
 

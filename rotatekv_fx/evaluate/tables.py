@@ -18,6 +18,8 @@ def comparison_table(figures: Mapping[str, Any]) -> Table:
         f"{rows[0]['tokens']:,} predictions",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("recipe")
     for name in ("bits K/V", "bits per element", "KL, nats", "same argmax", "perplexity", "seconds"):

@@ -3,7 +3,10 @@
     matmul(x, t(W))                     ->  linear(x, W)
     sdpa(q, k_cached, v_cached, mask)   ->  transpose(attention(q, k_cached, v_cached, mask))
     dropout(x, p, train=False)          ->  x
+    view(x, size)                       ->  reshape(x, size)
     sym_size(cos, 1)                    ->  sym_size(hidden_states, 1)
+
+Strides of what the packed cache returns need not be those that were captured.
 
 Sizes are read from hidden states alone: positional rows may come with batch 1 at run time.
 """
@@ -34,6 +37,7 @@ def normalize(capture: Capture) -> dict[str, int]:
         "removed": _remove_without_effect(capture.graph),
         "linear": _matmul_to_linear(capture.graph),
         "attention": _sdpa_to_attention(capture),
+        "reshape": _view_to_reshape(capture.graph),
         "sizes": _sizes_from_hidden(capture.graph),
     }
     capture.graph.eliminate_dead_code()
@@ -105,6 +109,13 @@ def _sdpa_to_attention(capture: Capture) -> int:
     heads_first.meta = dict(node.meta)
     _replace(node, heads_first)
     return 1
+
+
+def _view_to_reshape(graph: fx.Graph) -> int:
+    views = graph.find_nodes(op="call_function", target=aten.view.default)
+    for node in views:
+        node.target = aten.reshape.default
+    return len(views)
 
 
 def _sizes_from_hidden(graph: fx.Graph) -> int:
