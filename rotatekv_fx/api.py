@@ -280,7 +280,7 @@ def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistic
         exact = torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
     key = Codec(plan.key_quantizer, site.kv_heads, dtype)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
-    return LayerSpec(key, value, plan.sinks, exact)
+    return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)
 
 
 def _bind_all(model: nn.Module, bindings: list[Binding], keep_originals: bool) -> list[Original]:

@@ -340,7 +340,7 @@ def _check_output(path: Path | None) -> None:
     """Refuse a file that cannot be written, before the long work and not after it."""
     if path is None:
         return
-    folder = path.expanduser().absolute().parent
+    folder = path.absolute().parent
     if not folder.is_dir():
         raise InputError(f"Cannot write {path}: there is no folder {folder}. Create it first.")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):

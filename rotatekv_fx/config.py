@@ -28,7 +28,8 @@ class RotateKVConfig:
         key_clip, value_clip: share of a group's range that the codes span, in (0, 1]. None takes the recipe's.
         head_group: KV heads rotated together, a power of two. None takes the recipe's.
         sinks: largest |values| of a block's input that name exact tokens, per sequence; 0 turns sinks off.
-        window: recent tokens kept exact. None takes the recipe's.
+        window: recent tokens that a query reads exactly. None takes the recipe's.
+        slack: exact tokens kept beyond a window, so that cropping up to as many (assisted decoding) restores it.
         seed: of the text a model writes for its own calibration.
         allow_partial: transform the layers that match although others were rejected.
         keep_originals: keep the folded weights' originals on the CPU, so that `restore` works.
@@ -47,6 +48,7 @@ class RotateKVConfig:
     head_group: int | None = None
     sinks: int = 20
     window: int | None = None
+    slack: int = 32
     seed: int = 0
     allow_partial: bool = False
     keep_originals: bool = True
@@ -60,7 +62,7 @@ class RotateKVConfig:
             clip = getattr(self, name)
             if clip is not None and not 0.0 < clip <= 1.0:
                 raise ConfigError(f"{name} is {clip!r}; use a number above 0 and at most 1, or None.")
-        for name, least in (("group_size", 1), ("head_group", 1), ("window", 0), ("sinks", 0)):
+        for name, least in (("group_size", 1), ("head_group", 1), ("window", 0), ("slack", 0), ("sinks", 0)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least {least}.")

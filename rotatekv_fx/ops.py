@@ -452,7 +452,8 @@ def _select_sinks(residual: Tensor, valid: Tensor | None, count: int) -> tuple[T
 
     Returns:
         scores: fp32 [B, count], |value|, descending; -1 where the sequence holds no further value.
-        tokens: int64 [B, count], the token of each; a token may come several times; 0 where the score is -1.
+        tokens: int64 [B, count], the token of each; a token may come several times; 0 where the score is -1;
+            which of equal values comes first, or at all, is the device's choice.
 
     Raises:
         ConfigError: an argument is out of range.

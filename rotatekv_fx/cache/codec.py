@@ -1,6 +1,6 @@
-"""How keys or values become tensors with a token axis, and come back.
+"""How one tensor of tokens is stored: as codes, or as it is.
 
-Every stored tensor has the batch at axis 0 and tokens at axis 2, so that cache layers treat them alike:
+Every stored tensor has the batch at axis 0 and tokens at axis 2, so that stores treat them alike:
 codes [B, Ng, N, bytes], scale [B, Ng, N] and offset [B, Ng, N]; or, exact, [B, H, N, D].
 """
 
@@ -19,21 +19,16 @@ Parts = tuple[Tensor, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """Stores [B, H, S, D] as codes, or exactly where `quantizer` is None.
+    """Stores [B, H, S, D] as codes, or as it is where `quantizer` is None.
 
     Attributes:
         heads: H.
-        dtype: of what is stored and read back, the model's.
+        dtype: of what is read back.
     """
 
     quantizer: Quantizer | None
     heads: int
     dtype: torch.dtype
-
-    @property
-    def parts(self) -> int:
-        """How many tensors hold what is stored."""
-        return 1 if self.quantizer is None else 3
 
     def encode(self, x: Tensor) -> Parts:
         """[B, H, S, D] -> stored tensors."""
@@ -55,3 +50,16 @@ class Codec:
         else:
             q = self.quantizer
             ops.append(*parts, x, slots, q.bits, q.group, q.clip, q.scheme)
+
+
+def as_it_is(x: Tensor) -> Codec:
+    """The codec that stores tensors like `x` unchanged."""
+    return Codec(None, x.shape[1], x.dtype)
+
+
+def as_exact(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast to the dtype of exact tokens, stopping at its largest value."""
+    if x.dtype is dtype:
+        return x
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)

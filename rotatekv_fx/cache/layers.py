@@ -1,15 +1,24 @@
 """Packed twins of transformers' cache layers: dynamic, sliding, static and static-sliding.
 
-A layer holds tensors whose batch axis is 0 and whose token axis is 2 (see `codec`): those of the keys, of the values,
-and, where it is the first layer to receive them, of the positions that several layers share. Each keeps the length
-and mask semantics of the layer it replaces.
+A layer keeps old tokens as codes and, where the recipe has a recent window, the last `window + slack` tokens exactly:
+
+    new tokens -> recent (exact) -> history (codes)
+
+and, if it is the first layer to receive them, the positions that several layers share. Each kind has the length and
+mask semantics of the layer it replaces. What the attention reads is one token axis:
+
+* one new token, or no window: history, then recent tokens. Recent tokens outside the window (slack) go through the
+  codes on the way.
+* several new tokens and a window: history, then recent and new tokens twice, through the codes and exact. The mask
+  lets query i see the exact form of token j where j > i - window, and the other form elsewhere, so that results do
+  not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,93 +29,270 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from rotatekv_fx.cache.codec import Codec, Parts
+from rotatekv_fx.cache.codec import Codec, Parts, as_exact, as_it_is
 from rotatekv_fx.cache.sinks import SinkStore
+from rotatekv_fx.cache.stores import GrowingStore, PositionStore, RingStore
 from rotatekv_fx.errors import StateError
+
+Store = GrowingStore | RingStore
+
+
+class KeyForm(Protocol):
+    """How an exact key becomes what is quantized, and back, given its positions."""
+
+    def to_codes(self, key: Tensor, positions: Parts) -> Tensor: ...
+
+    def from_codes(self, key: Tensor, positions: Parts) -> Tensor: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What one layer stores: codecs of keys and values, sinks and the dtype of exact tokens."""
+    """What one layer stores.
+
+    Attributes:
+        key, value: codecs of old tokens.
+        sinks: size of the sink store; 0 for none.
+        window: recent tokens that a query reads exactly.
+        slack: exact tokens kept beyond the window, so that a crop of up to as many restores it.
+        exact_dtype: of sinks and recent tokens.
+    """
 
     key: Codec
     value: Codec
     sinks: int
+    window: int
+    slack: int
     exact_dtype: torch.dtype
+
+    @property
+    def recent(self) -> int:
+        """Exact tokens kept behind the newest."""
+        return self.window + self.slack if self.window else 0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Window:
-    """The tokens that an update lets the attention see.
+class Step:
+    """What the attention reads after an update.
 
     Attributes:
-        parts: stored tensors on the token axis that the mask was made for.
-        first: number of the token in column 0.
-        fresh: columns of the new tokens, int64 [S].
-        start: number of the first new token.
+        keys, values: [B, Hkv, N, D].
+        positions: stored positions [B or 1, 1, N, ...] of the same columns.
+        mask: for these columns, bool or additive, or None.
     """
 
-    parts: Parts
-    first: Tensor | int
-    fresh: Tensor
-    start: Tensor | int
+    keys: Tensor
+    values: Tensor
+    positions: Parts
+    mask: Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axis:
+    """A stretch of the token axis on its way to the attention.
+
+    Attributes:
+        keys, values: [B, Hkv, N, D].
+        numbers: int64 [N], each column's token, negative where it is empty.
+        form: "any", or which of two forms these are: "codes" or "exact".
+    """
+
+    keys: Tensor
+    values: Tensor
+    numbers: Tensor
+    form: str = "any"
 
 
 class PackedLayer:
-    """What the four kinds share. `_append` and `_keep` differ."""
+    """What the four kinds share; they differ in their stores and in how they count tokens."""
 
-    spec: LayerSpec
-    owner: PackedLayer  # holds the positions that this layer shares; itself for the first
+    is_sliding: bool
     is_initialized: bool
+    get_mask_sizes: Callable[[int], tuple[int, int]]
+    history: Store
+    recent: Store
+    positions: PositionStore | None  # held by the owner, where the recipe needs any
 
     def _set_up(self, spec: LayerSpec, owner: PackedLayer | None) -> None:
-        self.spec, self.owner = spec, owner or self
-        self.tokens: Parts = ()
-        self.positions: Parts = ()  # of the last update's columns, where this layer owns them
+        self.spec, self.owner, self.positions = spec, owner or self, None
         self.sinks: SinkStore | None = None
         self.residual: Tensor | None = None  # the block's input, between its pre-forward hook and the attention
         self.prompt_open = True  # until the first one-token step or crop, new tokens may become sinks
 
+    def _store(self, codecs: tuple[Codec, ...], tokens: int) -> Store:
+        """A store for that many tokens (or fewer, where a growing layer has no limit)."""
+        raise NotImplementedError
+
+    def _capacity(self) -> int | None:
+        """Tokens the layer holds at most, or None."""
+        raise NotImplementedError
+
+    def _start(self) -> Tensor | int:
+        """Number of the next token."""
+        raise NotImplementedError
+
+    def _advance(self, count: int) -> None:
+        """Count new tokens."""
+        raise NotImplementedError
+
+    def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
+        """Make the stores, all but the positions'. `key` and `value` [B, Hkv, S, D] show heads, dtype and device."""
+        self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
+        spec, capacity = self.spec, self._capacity()
+        recent = spec.recent if capacity is None else min(spec.recent, capacity)
+        exact = tuple(as_exact(x, spec.exact_dtype) for x in (key, value))
+        self.history = self._store((spec.key, spec.value), None if capacity is None else capacity - recent)
+        self.history.allocate((key, value))
+        self.recent = self._store(tuple(as_it_is(x) for x in exact), recent)
+        self.recent.allocate(exact)
+        self.is_initialized = True
+
     # -- the step ---------------------------------------------------------------------------------------------------
     def step(
-        self, key: Tensor, value: Tensor, positions: Parts, residual: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Parts]:
+        self,
+        key: Tensor,
+        value: Tensor,
+        positions: Parts,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        form: KeyForm,
+    ) -> Step:
         """Store new tokens and read back every token that the attention sees.
 
         Args:
-            key, value: [B, Hkv, S, D] in the form that the recipe stores.
+            key, value: [B, Hkv, S, D] in the form that exact tokens are kept in.
             positions: stored positions [B or 1, 1, S, ...] of the new tokens.
             residual: the block's input [B, S, C] while sinks are chosen, else None.
             mask: attention mask [B or 1, 1, S, N], bool or additive, or None.
-
-        Returns:
-            Keys and values [B, Hkv, N, D], positions [B or 1, 1, N, ...].
+            form: turns exact keys into what is quantized, and back.
         """
-        owns = self.owner is self
+        count = key.shape[2]
+        self._check_fits(count)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-        seen = self._append(key, value, positions if owns else ())
-        split = self.spec.key.parts, self.spec.key.parts + self.spec.value.parts
-        if owns:
-            self.positions = seen.parts[split[1] :]
-        keys = self.spec.key.decode(seen.parts[: split[0]])
-        values = self.spec.value.decode(seen.parts[split[0] : split[1]])
+        start, (columns, offset) = self._start(), self.get_mask_sizes(count)
+        new = torch.arange(count, device=key.device) + start
+        if self.spec.window:  # codes must not depend on when a token is quantized
+            key, value = (as_exact(x, self.spec.exact_dtype).to(x.dtype) for x in (key, value))
+        if self.owner is self:
+            self._begin_positions(positions, start)
+        if count > 1 and (self.is_sliding or self.spec.window):
+            axes = self._read_before(key, value, new, form)
+            self._write(key, value, new, form)
+        else:
+            self._write(key, value, new, form)
+            axes = self._read_after(new, form)
         if self.spec.sinks:
-            if key.shape[2] > 1 and self.prompt_open and residual is not None:
-                if self.sinks is None:
-                    self.sinks = SinkStore(self.spec.sinks, key, value, self.spec.exact_dtype)
-                self.sinks.choose(residual, visible_to_itself(mask, seen.fresh), key, value, seen.start)
-            elif key.shape[2] == 1:
-                self.prompt_open = False
-            if self.sinks is not None:
-                keys, values = self.sinks.restore(keys, values, seen.first)
-        return keys, values, self.owner.positions
+            self._choose_sinks(key, value, residual, visible_to_itself(mask, new - offset), start)
+        self._advance(count)
+        return self._joined(axes, mask, new, columns, offset)
 
-    def _append(self, key: Tensor, value: Tensor, positions: Parts) -> _Window:
-        raise NotImplementedError
+    def _check_fits(self, count: int) -> None:
+        """Raise where `count` new tokens have no room."""
 
-    def _encode(self, key: Tensor, value: Tensor, positions: Parts) -> Parts:
-        return (*self.spec.key.encode(key), *self.spec.value.encode(value), *positions)
+    def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
+        if not positions:
+            return
+        if self.positions is None:
+            store = self._store(tuple(as_it_is(p) for p in positions), self._capacity())
+            store.allocate(positions)
+            self.positions = PositionStore(store, self.is_sliding)
+        self.positions.begin(positions, start)
+
+    def _places(self, numbers: Tensor) -> Parts:
+        return self.owner.positions.at(numbers) if self.owner.positions is not None else ()
+
+    def _write(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> None:
+        """New tokens go to the recent ones, and those that leave them to the history; without a window, at once."""
+        start = self._start()
+        if not self.spec.window:
+            self.history.push((form.to_codes(key, self._places(new)), value), start)
+            return
+        keys, values, numbers = self._recent_and(key, value, new)
+        leaving = self.recent.overflow(key.shape[2])
+        if leaving:
+            first = start + new.shape[0] - numbers.shape[0]
+            moved = form.to_codes(keys[:, :, :leaving], self._places(numbers[:leaving]))
+            self.history.push((moved, values[:, :, :leaving]), first)
+        self.recent.push(tuple(as_exact(x, self.spec.exact_dtype) for x in (key, value)), start)
+
+    def _recent_and(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Recent tokens in order, then the new ones: keys, values and numbers."""
+        if not self.recent.parts:
+            return key, value, new
+        numbers = self.recent.last(self._start(), key.device)
+        keys, values = self.recent.at(numbers)
+        return (
+            torch.cat([keys.to(key.dtype), key], 2),
+            torch.cat([values.to(value.dtype), value], 2),
+            torch.cat([numbers, new]),
+        )
+
+    def _read_history(self, form: KeyForm) -> list[_Axis]:
+        if not self.history.parts or not len(self.history):
+            return []
+        numbers = self.history.columns(self.device)
+        keys, values = self.history.read()
+        return [_Axis(form.from_codes(keys, self._places(numbers)), values, numbers)]
+
+    def _through_codes(self, keys: Tensor, values: Tensor, numbers: Tensor, form: KeyForm) -> tuple[Tensor, Tensor]:
+        """Exact tokens as they are read once they are quantized."""
+        places = self._places(numbers)
+        coded = self.spec.key.decode(self.spec.key.encode(form.to_codes(keys, places)))
+        return form.from_codes(coded, places), self.spec.value.decode(self.spec.value.encode(values))
+
+    def _read_before(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> list[_Axis]:
+        """Several new tokens: history, then recent and new ones through the codes, and exact where there is a window."""
+        keys, values, numbers = self._recent_and(key, value, new)
+        coded = self._through_codes(keys, values, numbers, form)
+        if not self.spec.window:
+            return [*self._read_history(form), _Axis(*coded, numbers)]
+        return [
+            *self._read_history(form),
+            _Axis(*coded, numbers, "codes"),
+            _Axis(keys, values, numbers, "exact"),
+        ]
+
+    def _read_after(self, new: Tensor, form: KeyForm) -> list[_Axis]:
+        """One new token, or no window: history, then recent tokens, those outside the window through the codes."""
+        if not self.spec.window:
+            return self._read_history(form)
+        numbers = self.recent.columns(self.device)
+        keys, values = (x.to(self.dtype) for x in self.recent.read())
+        if self.spec.slack:
+            outside = (numbers <= new[-1] - self.spec.window).view(1, 1, -1, 1)
+            coded = self._through_codes(keys, values, numbers, form)
+            keys, values = (torch.where(outside, c, x) for c, x in zip(coded, (keys, values), strict=True))
+        return [*self._read_history(form), _Axis(keys, values, numbers)]
+
+    def _choose_sinks(
+        self, key: Tensor, value: Tensor, residual: Tensor | None, valid: Tensor | None, start: Tensor | int
+    ) -> None:
+        if key.shape[2] == 1:
+            self.prompt_open = False
+        elif self.prompt_open and residual is not None:
+            if self.sinks is None:
+                self.sinks = SinkStore(self.spec.sinks, key, value, self.spec.exact_dtype)
+            self.sinks.choose(residual, valid, key, value, start)
+
+    def _joined(self, axes: list[_Axis], mask: Tensor | None, new: Tensor, columns: int, offset: int) -> Step:
+        """One token axis of several stretches, with sinks restored and the mask of its columns."""
+        keys = torch.cat([a.keys for a in axes], 2)
+        values = torch.cat([a.values for a in axes], 2)
+        numbers = torch.cat([a.numbers for a in axes])
+        two_forms = any(a.form != "any" for a in axes)
+        in_order = not two_forms and keys.shape[2] == columns and self._in_order()
+        if self.sinks is not None:
+            coded = torch.cat([torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes])
+            keys, values = self.sinks.restore(keys, values, offset if in_order else coded)
+        if not in_order:
+            mask = columns_of_mask(mask, new, numbers, offset)
+            if two_forms:
+                mask = _one_form_each(mask, axes, new, self.spec.window)
+        return Step(keys, values, self._places(numbers), mask)
+
+    def _in_order(self) -> bool:
+        """Whether columns are in the order of tokens whenever there are as many as the mask has."""
+        return isinstance(self.history, GrowingStore)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Raise: only rewritten attention modules may write to a packed layer.
@@ -120,24 +306,42 @@ class PackedLayer:
         )
 
     # -- whole-cache operations -------------------------------------------------------------------------------------
+    def _own_stores(self) -> list[Store]:
+        """Stores that an operation on this layer changes: shared positions belong to their owner."""
+        if not self.is_initialized:
+            return []
+        if self.positions is None:
+            return [self.history, self.recent]
+        self.positions.settle()
+        return [self.history, self.recent, self.positions.store]
+
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch operation once to each tensor; rows shared by the whole batch (batch 1) stay."""
-        batch = self.tokens[0].shape[0] if self.tokens else 0
-        self.tokens = tuple(t if t.shape[0] != batch else function(t) for t in self.tokens)
+        """Apply a batch operation once to each tensor; rows that the whole batch shares (batch 1) stay."""
+        for store in self._own_stores():
+            store.map_batch(lambda t: function(t) if t.shape[0] == self.batch_size else t)
         if self.sinks is not None:
             self.sinks.map_batch(function)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
         self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._resized(beam_idx.shape[0])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times."""
         self._map_batch(lambda t: t.repeat_interleave(repeats, 0))
+        if self.is_initialized:
+            self._resized(self.batch_size * repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the sequences `indices`."""
         self._map_batch(lambda t: t[indices])
+        if self.is_initialized:
+            self._resized(int(torch.empty(self.batch_size)[indices.cpu()].shape[0]))
+
+    def _resized(self, batch: int) -> None:
+        if self.is_initialized:
+            self.batch_size = batch
 
     def offload(self) -> None:
         """Raise: packed layers stay on their device.
@@ -145,102 +349,118 @@ class PackedLayer:
         Raises:
             StateError: always.
         """
-        raise StateError("a packed cache cannot be offloaded; use cache_implementation='dynamic' or 'static'.")
+        raise StateError("a packed cache cannot be offloaded; use a cache without offloading.")
 
     def prefetch(self) -> None:
         """Nothing to do: packed layers stay on their device."""
 
     def stored_tensors(self) -> list[Tensor]:
-        """Every tensor the layer holds."""
-        return [*self.tokens, *self.positions, *(self.sinks.tensors() if self.sinks is not None else ())]
+        """Every tensor the layer holds; shared positions are listed by their owner."""
+        if not self.is_initialized:
+            return []
+        owned = self.positions.tensors() if self.positions is not None else []
+        sinks = self.sinks.tensors() if self.sinks is not None else ()
+        return [*self.history.tensors(), *self.recent.tensors(), *owned, *sinks]
 
 
 class PackedDynamicLayer(PackedLayer, DynamicLayer):
     """Grows with every token."""
 
     def __init__(self, replaced: DynamicLayer, spec: LayerSpec, owner: PackedLayer | None):
-        super().__init__()
+        DynamicLayer.__init__(self)
         self._set_up(spec, owner)
+        self.length = 0
 
-    def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
-        self.dtype, self.device = key.dtype, key.device
-        self.is_initialized = True
+    def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
+        return GrowingStore(codecs, tokens)
 
-    def _append(self, key: Tensor, value: Tensor, positions: Parts) -> _Window:
-        start, length = self.get_seq_length(), key.shape[2]
-        everything = append_tokens(self.tokens, self._encode(key, value, positions))
-        self.tokens = self._keep(everything, length)
-        columns = everything[0].shape[2]
-        fresh = torch.arange(columns - length, columns, device=key.device)
-        return _Window(everything, start + length - columns, fresh, start)
+    def _capacity(self) -> int | None:
+        return None
 
-    def _keep(self, parts: Parts, length: int) -> Parts:
-        return parts
+    def _start(self) -> int:
+        return self.length
+
+    def _advance(self, count: int) -> None:
+        self.length += count
 
     def get_seq_length(self) -> int:
-        return self.tokens[0].shape[2] if self.tokens else 0
+        return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens; a positive number is the length to keep, as in transformers 5.17."""
-        length = self.get_seq_length()
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, length - tokens_to_remove)
+        """Remove the last -`tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17)."""
         self.prompt_open = False
-        if not remove or not self.tokens:
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.length - tokens_to_remove)
+        remove = min(remove, self.length)
+        if not remove:
             return
-        self._remove(min(remove, length))
+        self._check_croppable()
+        history, recent, *positions = self._own_stores()
+        exact = min(remove, len(recent))
+        recent.drop_last(exact)
+        history.drop_last(remove - exact)
+        for store in positions:
+            store.drop_last(remove)
+        self.length -= remove
         if self.sinks is not None:
-            self.sinks.drop_from(length - remove)
+            self.sinks.drop_from(self.length)
 
-    def _remove(self, count: int) -> None:
-        self.tokens = tuple(t[:, :, : t.shape[2] - count].clone() for t in self.tokens)
+    def _check_croppable(self) -> None:
+        """Raise where tokens that a crop would bring back are gone."""
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self._set_up(self.spec, self.owner)
-        self.is_initialized = False
+        self._set_up(self.spec, None if self.owner is self else self.owner)
+        self.length, self.is_initialized = 0, False
 
 
 class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
-    """Keeps the last sliding_window - 1 tokens."""
+    """Keeps the last sliding_window tokens."""
 
     def __init__(self, replaced: DynamicSlidingWindowLayer, spec: LayerSpec, owner: PackedLayer | None):
         DynamicSlidingWindowLayer.__init__(self, replaced.sliding_window)
         self.record_past = getattr(replaced, "record_past", False)
         self._set_up(spec, owner)
+        self.length = 0
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
-        self.dtype, self.device = key.dtype, key.device
-        self._sliding_window_tensor = self._sliding_window_tensor.to(self.device)
-        self.is_initialized = True
+        PackedLayer.lazy_initialization(self, key, value)
+        self._limit()
 
-    def _append(self, key: Tensor, value: Tensor, positions: Parts) -> _Window:
-        seen = super()._append(key, value, positions)
-        if not self.record_past:
-            return seen
-        visible = self.sliding_window - 1 + key.shape[2]
-        hidden = max(seen.parts[0].shape[2] - visible, 0)
-        parts = tuple(t[:, :, hidden:] for t in seen.parts)
-        return _Window(parts, seen.first + hidden, seen.fresh - hidden, seen.start)
+    def _capacity(self) -> int:
+        return self.sliding_window
 
-    def _keep(self, parts: Parts, length: int) -> Parts:
-        self.cumulative_length += length
-        return parts if self.record_past else last_tokens(parts, self.sliding_window - 1)
+    def _advance(self, count: int) -> None:
+        self.length += count
+        self.cumulative_length = self.length
 
-    def get_seq_length(self) -> int:
-        return self.cumulative_length
+    def activate_past_recording(self) -> None:
+        """Keep tokens that leave the window until the next crop."""
+        self.record_past = True
+        if self.is_initialized:
+            self._limit()
 
-    def _remove(self, count: int) -> None:
-        if self.cumulative_length >= self.sliding_window and not self.record_past:
+    def _limit(self) -> None:
+        """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
+        limit = None if self.record_past else self.sliding_window - self._recent_capacity()
+        self.history.limit = limit
+
+    def _recent_capacity(self) -> int:
+        return min(self.spec.recent, self.sliding_window)
+
+    def _check_croppable(self) -> None:
+        if self.length >= self.sliding_window and not self.record_past:
             raise StateError(
                 f"a sliding layer of {self.sliding_window} tokens is full and cannot be cropped; call "
                 "cache.activate_past_recording() before the tokens are added."
             )
-        super()._remove(count)
-        self.cumulative_length -= count
 
     def crop(self, tokens_to_remove: int) -> None:
+        """As a dynamic layer; then forget what lies outside the sliding window."""
         super().crop(tokens_to_remove)
-        self.tokens = last_tokens(self.tokens, self.sliding_window - 1)
+        self.cumulative_length = self.length
+        if self.is_initialized:
+            held = len(self.history) + len(self.recent)
+            self.history.drop_first(held - self.sliding_window)
 
     def reset(self) -> None:
         super().reset()
@@ -255,55 +475,47 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
         self._set_up(spec, owner)
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
-        self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
+        PackedLayer.lazy_initialization(self, key, value)
         self.cumulative_length = self.cumulative_length.to(self.device)
-        self.is_initialized = True
-
-    def _allocate(self, parts: Parts) -> None:
-        """Buffers for `max_cache_len` tokens, shaped like `parts`."""
-        self.tokens = tuple(t.new_zeros((*t.shape[:2], self.max_cache_len, *t.shape[3:])) for t in parts)
         if not torch.compiler.is_compiling():
-            for tensor in (*self.tokens, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
+            torch._dynamo.mark_static_address(self.cumulative_length)
 
-    def _append(self, key: Tensor, value: Tensor, positions: Parts) -> _Window:
-        length = key.shape[2]
-        self._check_length(length)
-        if not self.tokens:
-            self._allocate(self._encode(key[:, :, :1], value[:, :, :1], _batched(positions, key, slice(0, 1))))
-        start = self.cumulative_length.clone()
-        slots = torch.arange(length, device=key.device) + start
-        self._write(key, value, positions, slots)
-        self.cumulative_length.add_(length)
-        return _Window(self.tokens, 0, slots, start)
+    def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
+        assert tokens is not None
+        return RingStore(codecs, tokens)
 
-    def _check_length(self, length: int) -> None:
-        if length > self.max_cache_len:
+    def _capacity(self) -> int:
+        return self.max_cache_len
+
+    def _start(self) -> Tensor | int:
+        return self.cumulative_length.clone()
+
+    def _advance(self, count: int) -> None:
+        self.cumulative_length.add_(count)
+
+    def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
+        """Every row gets the keys' batch, so that fixed buffers can take any later step's."""
+        batched = tuple(p.expand(self.batch_size, *p.shape[1:]) for p in positions)
+        super()._begin_positions(batched, start)
+
+    def _check_fits(self, count: int) -> None:
+        if count > self.max_cache_len:
             raise StateError(
-                f"{length} new tokens do not fit a static cache of {self.max_cache_len}; allocate a longer one "
+                f"{count} new tokens do not fit a static cache of {self.max_cache_len}; allocate a longer one "
                 "(max_cache_len), or prefill a shorter prompt."
             )
 
-    def _write(self, key: Tensor, value: Tensor, positions: Parts, slots: Tensor) -> None:
-        keys, values = self.spec.key.parts, self.spec.key.parts + self.spec.value.parts
-        self.spec.key.write(self.tokens[:keys], key, slots)
-        self.spec.value.write(self.tokens[keys:values], value, slots)
-        for buffer, new in zip(self.tokens[values:], _batched(positions, key), strict=True):
-            buffer.index_copy_(2, slots, new)
+    def _in_order(self) -> bool:
+        return not self.spec.window  # the ring is as long as the sequence may become, and never wraps
 
-    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        if not self.tokens:
-            return
-        for tensor in (*self.tokens, *(self.sinks.tensors() if self.sinks is not None else ())):
-            changed = function(tensor)
-            if changed.shape != tensor.shape:
-                raise StateError("a static cache cannot change its batch size; allocate a new cache.")
-            tensor.copy_(changed)
+    def _resized(self, batch: int) -> None:
+        if self.is_initialized and batch != self.batch_size:
+            raise StateError("a static cache cannot change its batch size; allocate a new cache.")
 
     def reset(self) -> None:
         """Forget all tokens, in place."""
-        for tensor in self.tokens:
-            tensor.zero_()
+        for store in self._own_stores():
+            store.reset()
         self.cumulative_length.zero_()
         self.prompt_open = True
         if self.sinks is not None:
@@ -317,29 +529,15 @@ class PackedStaticSlidingLayer(PackedStaticLayer, StaticSlidingWindowLayer):
         StaticSlidingWindowLayer.__init__(self, replaced.max_cache_len, replaced.max_cache_len)
         self._set_up(spec, owner)
 
-    def _check_length(self, length: int) -> None:
-        """Any length fits: the oldest tokens leave."""
+    def _check_fits(self, count: int) -> None:
+        """Any number fits: the oldest tokens leave."""
 
-    def _append(self, key: Tensor, value: Tensor, positions: Parts) -> _Window:
-        length, held, size = key.shape[2], self.cumulative_length_int, self.max_cache_len
-        self.cumulative_length_int += length
-        if held + length <= size:
-            return super()._append(key, value, positions)
-        new = self._encode(key, value, _batched(positions, key))
-        if not self.tokens:
-            self._allocate(tuple(t[:, :, :1] for t in new))
-        if held >= size and length == 1:
-            everything = tuple(torch.cat([old[:, :, 1:], t], 2) for old, t in zip(self.tokens, new, strict=True))
-        elif held == 0:
-            everything = new
-        else:
-            kept = slice(1, None) if held >= size else slice(0, held)
-            everything = tuple(torch.cat([old[:, :, kept], t], 2) for old, t in zip(self.tokens, new, strict=True))
-        for buffer, tokens in zip(self.tokens, everything, strict=True):
-            buffer.copy_(tokens[:, :, -size:])
-        columns = everything[0].shape[2]
-        fresh = torch.arange(columns - length, columns, device=key.device)
-        return _Window(everything, held + length - columns, fresh, held)
+    def _advance(self, count: int) -> None:
+        super()._advance(count)
+        self.cumulative_length_int += count
+
+    def _in_order(self) -> bool:
+        return False
 
     def get_seq_length(self) -> int:
         return self.cumulative_length_int
@@ -357,30 +555,43 @@ TWINS: dict[type, type[PackedLayer]] = {
 }
 
 
-def append_tokens(old: Parts, new: Parts) -> Parts:
-    """Concatenate along tokens; a tensor that came once for the whole batch is repeated when another is not."""
-    if not old:
-        return new
-    pairs = []
-    for a, b in zip(old, new, strict=True):
-        batch = max(a.shape[0], b.shape[0])
-        pairs.append(torch.cat([a.expand(batch, *a.shape[1:]), b.expand(batch, *b.shape[1:])], 2))
-    return tuple(pairs)
-
-
-def last_tokens(parts: Parts, count: int) -> Parts:
-    """The last `count` tokens, in memory of their own."""
-    return tuple(t if t.shape[2] <= count else t[:, :, t.shape[2] - count :].clone() for t in parts)
-
-
-def _batched(positions: Parts, key: Tensor, tokens: slice = slice(None)) -> Parts:
-    """Positions with the keys' batch, so that a static buffer can take any later step's."""
-    return tuple(p[:, :, tokens].expand(key.shape[0], *p[:, :, tokens].shape[1:]) for p in positions)
-
-
 def visible_to_itself(mask: Tensor | None, columns: Tensor) -> Tensor | None:
     """[B or 1, S] of whether each new token sees its own column: False marks padding."""
     if mask is None:
         return None
     itself = mask[:, 0].gather(-1, columns.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
     return itself if mask.dtype is torch.bool else itself > torch.finfo(mask.dtype).min / 2
+
+
+def columns_of_mask(mask: Tensor | None, queries: Tensor, numbers: Tensor, offset: Tensor | int) -> Tensor:
+    """The mask for columns that hold given tokens.
+
+    Args:
+        mask: [B or 1, 1 or H, S, K] whose column c stands for token offset + c; None for a causal one.
+        queries: int64 [S], tokens that ask.
+        numbers: int64 [N], tokens of the new columns, negative where empty.
+
+    Returns:
+        [B or 1, 1 or H, S, N]; columns that the mask has no word for are hidden.
+    """
+    if mask is None:
+        return ((numbers >= 0) & (numbers <= queries[:, None]))[None, None]
+    index = numbers - offset
+    known = (numbers >= 0) & (index >= 0) & (index < mask.shape[-1])
+    chosen = mask.index_select(-1, index.clamp(0, mask.shape[-1] - 1))
+    return _hide(chosen, ~known)
+
+
+def _one_form_each(mask: Tensor, axes: list[_Axis], queries: Tensor, window: int) -> Tensor:
+    """Show each query the exact form of tokens inside its window, and the other form elsewhere."""
+    hidden = []
+    for axis in axes:
+        outside = axis.numbers <= queries[:, None] - window
+        hidden.append({"any": torch.zeros_like(outside), "codes": ~outside, "exact": outside}[axis.form])
+    return _hide(mask, torch.cat(hidden, -1))
+
+
+def _hide(mask: Tensor, hidden: Tensor) -> Tensor:
+    if mask.dtype is torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)

@@ -77,15 +77,16 @@ class PositionPlan:
         return "ids" if all(s.rotary is not None or not s.dtype.is_floating_point for s in self.stored) else "rows"
 
     def encode(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Inputs [B or 1, S, ...] -> stored [B or 1, 1, S, ...]."""
+        """Inputs [B or 1, S, ...] -> stored [B or 1, 1, S, width]."""
         repeats = {s.source: s.repeat for s in self.stored}
-        return tuple(_shorten(t, repeats[i]).unsqueeze(1) for i, t in enumerate(tensors))
+        return tuple(_shorten(t, repeats[i]).flatten(2).unsqueeze(1) if t.dim() > 2 else _shorten(t, "full")[:, None, :, None] for i, t in enumerate(tensors))
 
     def decode(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Stored [B or 1, 1, N, ...] -> the positional inputs of all N tokens."""
+        """Stored [B or 1, 1, N, width] -> the positional inputs of all N tokens."""
         result = []
         for one in self.stored:
             part = parts[one.source].squeeze(1)
+            part = part.squeeze(-1) if part.dtype is torch.int32 else part
             if one.rotary is not None:
                 result.append(one.rotary.rows(part.long()).to(one.dtype))
             elif one.repeat == "full":

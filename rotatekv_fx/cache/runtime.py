@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from rotatekv_fx.cache.codec import Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
@@ -53,9 +54,16 @@ class AttentionRuntime(nn.Module):
         Returns:
             mask, keys and values [B, Hkv, N, D], and the positional inputs of those N tokens.
         """
-        stored = self.positions.encode(positions)
-        keys, values, stored = self.layer(cache).step(key, value, stored, residual, mask)
-        return (mask, keys, values, *self.positions.decode(stored))
+        step = self.layer(cache).step(key, value, self.positions.encode(positions), residual, mask, self)
+        return (step.mask, step.keys, step.values, *self.positions.decode(step.positions))
+
+    def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
+        """An exact key [B, Hkv, N, D] as it is quantized."""
+        return key
+
+    def from_codes(self, key: Tensor, positions: Parts) -> Tensor:
+        """The inverse of `to_codes`."""
+        return key
 
     def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the enclosing block: keep its input [B, S, C] until the attention asks for it."""

@@ -6,8 +6,12 @@ activations); a chunked prefill keeps a running choice, and a token that drops o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from rotatekv_fx.cache.codec import as_exact
 
 ops = torch.ops.rotatekv
 
@@ -49,13 +53,21 @@ class SinkStore:
         best = scores.topk(count, 1).indices
         self.tokens.copy_(tokens.gather(1, best))
         for store, new in ((self.keys, key), (self.values, value)):
-            limit = torch.finfo(store.dtype).max
-            rows = ops.take_tokens(new, local).clamp(-limit, limit).to(store.dtype)
+            rows = as_exact(ops.take_tokens(new, local), store.dtype)
             store.copy_(ops.take_tokens(torch.cat([store, rows], 2), best))
 
-    def restore(self, keys: Tensor, values: Tensor, first: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Put the exact rows in [B, Hkv, N, D] keys and values whose first token is number `first`."""
-        slots = torch.where(self.tokens < 0, -1, self.tokens.long() - first)
+    def restore(self, keys: Tensor, values: Tensor, numbers: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Put the exact rows in [B, Hkv, N, D] keys and values.
+
+        Args:
+            numbers: int64 [N], the token in each column; or the token in column 0 where they are in order.
+        """
+        tokens = self.tokens.long()
+        if isinstance(numbers, Tensor):
+            match = tokens[:, :, None] == numbers
+            slots = torch.where((tokens >= 0) & match.any(-1), match.int().argmax(-1), -1)
+        else:
+            slots = torch.where(tokens < 0, -1, tokens - numbers)
         return ops.restore_sinks(keys, self.keys, slots), ops.restore_sinks(values, self.values, slots)
 
     def drop_from(self, length: int) -> None:
@@ -64,7 +76,7 @@ class SinkStore:
         self.scores.masked_fill_(gone, -1.0)
         self.tokens.masked_fill_(gone, -1)
 
-    def map_batch(self, function) -> None:
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by `function(tensor)`, which works on the batch axis."""
         self.scores, self.tokens, self.keys, self.values = (function(t) for t in self.tensors())
 

@@ -71,11 +71,11 @@ def check_context(model: PreTrainedModel, tokens: int) -> None:
 
 def _location(name: str) -> str:
     """`name` as transformers takes it; a path that is no model folder is refused before any network call."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(name)
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"The folder {name} holds no config.json; give a folder with a saved model.")
-        return str(path)
+        return name
     if path.is_file():
         raise InputError(f"{name} is a file; give the folder that holds the model.")
     parts = name.split("/")

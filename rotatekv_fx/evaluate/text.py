@@ -19,7 +19,7 @@ def read_text(path: str | Path) -> str:
         InputError: the file is missing, is no UTF-8 text, or holds only white space.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first.") from error
     except OSError as error:

@@ -58,7 +58,8 @@ class LayerPlan:
         key, value: channel transforms, or None for none.
         key_quantizer, value_quantizer: None stores exact values in the model's own dtype.
         sinks: largest |values| of the block's input that name exact tokens.
-        window: recent tokens kept exact.
+        window: recent tokens that a query reads exactly.
+        slack: exact tokens kept beyond the window.
     """
 
     before_rope: bool = False
@@ -68,6 +69,7 @@ class LayerPlan:
     value_quantizer: Quantizer | None = None
     sinks: int = 0
     window: int = 0
+    slack: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

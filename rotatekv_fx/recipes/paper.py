@@ -34,11 +34,9 @@ class PaperRecipe:
         sums, so that channels of like offset share a zero point. Values: H per head.
 
         Raises:
-            ConfigError: head_group does not divide the KV heads, group_size not the channels, or window > 0.
+            ConfigError: head_group does not divide the KV heads, or group_size not the channels.
         """
         assert statistics is not None
-        if config.window:
-            raise ConfigError(f"window is {config.window}; recipe 'paper' keeps no recent window, use 0 or None.")
         heads = _head_group(config.head_group, shape.kv_heads)
         rotation = hadamard(heads * shape.head_dim).unsqueeze(0)
         rotated = ChannelTransform(rotation, rotation.mT).apply(statistics.key_sum.flatten())
@@ -55,6 +53,8 @@ class PaperRecipe:
                 config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
             ),
             sinks=config.sinks,
+            window=config.window or 0,
+            slack=config.slack,
         )
 
 
