@@ -24,16 +24,40 @@ _NOT_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path
 class LayerStatistics:
     """Sums over calibration tokens of one layer, float64, independent of any recipe.
 
+    RoPE at position n turns channel c towards its partner c': (R_n x)_c = a_c(n) x_c + b_c(n) x_c' (a = 1, b = 0 where
+    it turns nothing). The moments leave out each window's first tokens, where attention sinks live.
+
     Attributes:
-        tokens: [] how many tokens were seen.
-        key_sum: [Hkv, D] sum of the keys before RoPE.
+        tokens, kept: [] tokens seen, and those in the moments.
+        key_sum: [Hkv, D] sum of all tokens' keys before RoPE.
         key_norm, value_norm: [] largest L2 norm of one token's keys, values, all heads together.
+        key_mean: [Hkv, D] mean of the kept keys before RoPE.
+        key_second: [Hkv, D, D] sum of (R k)(R k)^T.
+        key_a, key_b: [Hkv, D, D] sums of (R k) a^T and of (R k) b^T.
+        turns: [3, D, D] sums of a a^T, a b^T and b b^T.
+        partner: int64 [D], c' of each channel c.
+        rope_error: [] largest relative error of that description of RoPE; past 1e-3 it is no linear map of pairs.
+        query_second: [Hkv, D, D] sum of q q^T over tokens, mean over a KV head's queries after RoPE; 0 if unknown.
+        value_sum: [Hkv, Dv]; value_second: [Hkv, Dv, Dv] sum of v v^T.
+        value_weight: [Hkv, Dv, Dv] sum of Wo^T Wo over a KV head's query heads; the identity if unknown.
     """
 
     tokens: Tensor
+    kept: Tensor
     key_sum: Tensor
     key_norm: Tensor
     value_norm: Tensor
+    key_mean: Tensor
+    key_second: Tensor
+    key_a: Tensor
+    key_b: Tensor
+    turns: Tensor
+    partner: Tensor
+    rope_error: Tensor
+    query_second: Tensor
+    value_sum: Tensor
+    value_second: Tensor
+    value_weight: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils.logging import tqdm
 from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
 from rotatekv_fx.capture import lookup
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.rope import Rope, attributes
 from rotatekv_fx.sites import AttentionSite
 
 logger = logging.getLogger(__name__)
@@ -24,27 +26,91 @@ Progress = Callable[[int, int], None]
 
 GENERATED_WINDOWS = 12
 GENERATED_LENGTH = 1024
+SINK_TOKENS = 4  # first tokens of a window, left out of the moments
 
 
 class _Sums:
-    """Running sums of one layer."""
+    """Running sums of one layer. Sums stay on the model's device in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: AttentionSite):
+        self.site, self.rope = site, Rope(site)
         self.values: dict[str, Tensor] = {}
+        self.partner: Tensor | None = None
+        self.error = 0.0
 
-    def add(self, key: Tensor, value: Tensor) -> None:
-        """Add [B, Hkv, S, D] keys before RoPE and values."""
-        key, value = key.double(), value.double()
-        self._add("tokens", torch.tensor(float(key.shape[0] * key.shape[2]), dtype=torch.float64))
-        self._add("key_sum", key.sum((0, 2)).cpu())
-        self._most("key_norm", key.square().sum((1, 3)).max().sqrt().cpu())
-        self._most("value_norm", value.square().sum((1, 3)).max().sqrt().cpu())
+    def add(self, key: Tensor, key_post: Tensor, value: Tensor, query: Tensor | None, positional: tuple[Tensor, ...]) -> None:
+        """Add one window.
+
+        Args:
+            key, key_post: [B, Hkv, S, D] before and after RoPE.
+            value: [B, Hkv, S, Dv].
+            query: [B, Hq, S, D] after RoPE, or None where the attention is inline.
+            positional: the positional inputs.
+        """
+        if self.partner is None:
+            self.partner, self.error = self.rope.partners(tuple(p[:1, :32] for p in positional))
+        self._add("tokens", _number(key, key.shape[0] * key.shape[2]))
+        self._add("key_sum", key.double().sum((0, 2)))
+        self._most("key_norm", key.double().square().sum((1, 3)).max().sqrt())
+        self._most("value_norm", value.double().square().sum((1, 3)).max().sqrt())
+        if key.shape[2] <= SINK_TOKENS:
+            return
+        a, b = (
+            x[:, SINK_TOKENS:].to(key.device)
+            for x in self.rope.coefficients(self.partner, positional, key.shape[2])
+        )
+        a, b = (x.expand(key.shape[0], -1, -1) for x in (a, b))
+        kept, turned, value = (x[:, :, SINK_TOKENS:].double() for x in (key, key_post, value))
+        self._add("kept", _number(key, kept.shape[0] * kept.shape[2]))
+        self._add("key_mean", kept.sum((0, 2)))
+        self._add("key_second", _moment(turned, turned))
+        self._add("key_a", _moment(turned, a.unsqueeze(1)))
+        self._add("key_b", _moment(turned, b.unsqueeze(1)))
+        pairs = ((a, a), (a, b), (b, b))
+        self._add("turns", torch.stack([torch.einsum("bsc,bse->ce", x, y) for x, y in pairs]))
+        self._add("value_sum", value.sum((0, 2)))
+        self._add("value_second", _moment(value, value))
+        if query is not None:
+            heads = query[:, :, SINK_TOKENS:].double().unflatten(1, (key.shape[1], -1))
+            self._add("query_second", torch.einsum("bhrsd,bhrse->hde", heads, heads) / heads.shape[2])
+
+    def finish(self) -> LayerStatistics:
+        """The statistics, on the CPU."""
+        values = {name: tensor.cpu() for name, tensor in self.values.items()}
+        heads, dim, value_dim = self.site.kv_heads, self.site.head_dim, self.site.value_dim
+        if "kept" not in values:
+            raise CalibrationError(f"calibration windows are too short; give at least {SINK_TOKENS + 1} tokens.")
+        values["key_mean"] = values["key_mean"] / values["kept"]
+        values.setdefault("query_second", torch.zeros(heads, dim, dim, dtype=torch.float64))
+        values["value_weight"] = _value_weight(self.site, heads, value_dim)
+        values["partner"] = self.partner
+        values["rope_error"] = torch.tensor(min(self.error, 1e9), dtype=torch.float64)
+        return LayerStatistics(**values)
 
     def _add(self, name: str, new: Tensor) -> None:
         self.values[name] = self.values[name] + new if name in self.values else new
 
     def _most(self, name: str, new: Tensor) -> None:
         self.values[name] = torch.maximum(self.values[name], new) if name in self.values else new
+
+
+def _number(like: Tensor, number: int) -> Tensor:
+    return torch.tensor(float(number), dtype=torch.float64, device=like.device)
+
+
+def _moment(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over batch and tokens of x y^T, per head: [B, H, S, D], [B, H or 1, S, E] -> [H, D, E]."""
+    return (x.mT @ y).sum(0)
+
+
+def _value_weight(site: AttentionSite, heads: int, dim: int) -> Tensor:
+    """Sum of Wo^T Wo over the query heads of each KV head."""
+    projection = site.output_projection
+    if projection is None:
+        return torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
+    weight = site.capture.module.get_parameter(projection.weight).detach()[:, projection.features.to(site.device)]
+    weight = weight.double().unflatten(1, (heads, -1))  # [out, Hkv, r, Dv]
+    return torch.einsum("ohrd,ohre->hde", weight, weight).cpu()
 
 
 def collect(
@@ -71,16 +137,18 @@ def collect(
         logger.info("No calibration data: %s writes %d windows itself.", type(model).__name__, GENERATED_WINDOWS)
         data, source = generate_windows(model, seed, progress), f"self-generated, seed {seed}"
     total = len(data) if hasattr(data, "__len__") else 0
-    sums = {site.layer_index: _Sums() for site in sites}
+    sums = {site.layer_index: _Sums(site) for site in sites}
     windows = 0
+    takes = inspect.signature(model.forward).parameters
+    last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     with _observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
         for window in data:
-            model(input_ids=_row(model, window), use_cache=False)
+            model(input_ids=_row(model, window), use_cache=False, **last_logits_only)
             windows += 1
             advance(windows, total)
     if not windows:
         raise CalibrationError("calibration data holds no windows; give at least one row of token ids.")
-    layers = {index: LayerStatistics(**s.values) for index, s in sums.items()}
+    layers = {index: s.finish() for index, s in sums.items()}
     bad = [i for i, s in layers.items() if not all(bool(getattr(s, f.name).isfinite().all()) for f in dataclasses.fields(s))]
     if bad:
         raise CalibrationError(f"keys or values of layers {bad} are not finite on the calibration data; use other data.")
@@ -106,7 +174,8 @@ def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[No
         observe, add = observer(site), sums[site.layer_index].add
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site=site, observe=observe, add=add):
-            add(*observe(*(lookup(args, kwargs, i.path) for i in site.capture.inputs)))
+            inputs = {i.name: lookup(args, kwargs, i.path) for i in site.capture.inputs}
+            add(*observe(*inputs.values()), tuple(inputs[p.name] for p in site.positional))
 
         hooks.append(site.capture.module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
@@ -117,7 +186,7 @@ def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[No
 
 
 def observer(site: AttentionSite) -> fx.GraphModule:
-    """The site's graph as a function of the module's inputs: keys before RoPE and values, [B, Hkv, S, D]."""
+    """The site's graph as a function of the module's inputs: keys before and after RoPE, values, queries or None."""
     graph, env = fx.Graph(), {}
     for node in site.graph.nodes:
         if node.op != "output":
@@ -125,16 +194,10 @@ def observer(site: AttentionSite) -> fx.GraphModule:
     key = env[site.key_pre]
     if site.key_pre_transposed:
         key = graph.call_function(aten.transpose.int, (key, 1, 2))
-    graph.output((key, env[site.value]))
+    query = env[site.attention.args[0]] if site.attention is not None else None
+    graph.output((key, env[site.key_post], env[site.value], query))
     graph.eliminate_dead_code()
     return fx.GraphModule(attributes(site, graph), graph)
-
-
-def attributes(site: AttentionSite, graph: fx.Graph) -> dict[str, Any]:
-    """What the `get_attr` nodes of a site's graph name, before the module is rewritten."""
-    constants = {f"rotatekv.{name}": tensor for name, tensor in site.capture.constants.items()}
-    own = {**dict(site.capture.module.named_parameters()), **dict(site.capture.module.named_buffers()), **constants}
-    return {str(n.target): own[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
 
 
 class _Report(StoppingCriteria):

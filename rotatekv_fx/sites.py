@@ -98,6 +98,11 @@ class AttentionSite:
         """The hidden states [B, S, C] that the module was captured with."""
         return next(i.example for i in self.capture.inputs if i.name == self.hidden.name)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module was captured."""
+        return self.hidden_example.device
+
     def rope_operations(self) -> list[str]:
         """Names of the operations between the pre-RoPE and the post-RoPE key."""
         return [_spelled(n) for n in rope_region(self) if n.op == "call_function"]
