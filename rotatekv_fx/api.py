@@ -25,6 +25,7 @@ from rotatekv_fx.passes.normalize import normalize
 from rotatekv_fx.passes.pipeline import dump_to, run_passes
 from rotatekv_fx.recipes import LayerPlan, LayerShape
 from rotatekv_fx.report import Report, SiteReport, describe_site
+from rotatekv_fx.rope import LINEAR, Rope
 from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ def transform(
     _check_matched(model, matched, config)
     if calibration is None and recipe.needs_calibration:
         calibration = collect(model, matched.sites, None, config.seed)
+    matched = _fitting(matched, config, calibration)
+    _check_matched(model, matched, config)
     bindings, reports = [], []
     for site in matched.sites:
         binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
@@ -223,6 +226,22 @@ def _check_matched(model: nn.Module, matched: _Matched, config: RotateKVConfig) 
         raise MatchError(_no_match(model, matched))
 
 
+def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration | None) -> _Matched:
+    """Reject sites that the recipe cannot serve."""
+    sites, rejections = [], list(matched.rejections)
+    for site in matched.sites:
+        error = float(calibration.layers[site.layer_index].rope_error) if calibration is not None else 0.0
+        if recipes.get(config.recipe).needs_linear_rope and error > LINEAR:
+            reason = (
+                f"RoPE is not the last linear step on the key (relative error {error:.1g}), which recipe "
+                f"{config.recipe!r} needs; use recipe='paper'"
+            )
+            rejections.append(Rejection(site.name, site.layer_index, reason, site.key_post.name))
+        else:
+            sites.append(site)
+    return _Matched(sites, matched.positions, rejections)
+
+
 def _no_match(model: nn.Module, matched: _Matched) -> str:
     total = len(matched.sites) + len(matched.rejections)
     reasons = "\n".join(
@@ -240,8 +259,9 @@ def _rewrite(
     statistics = calibration.layers.get(site.layer_index) if calibration is not None else None
     shape = LayerShape(site.layer_index, site.kv_heads, site.query_heads, site.head_dim, site.value_dim)
     plan = recipes.get(config.recipe).plan(shape, config, statistics)
-    if not plan.before_rope:
+    if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
+    rope = Rope(site).to(site.device) if plan.center is not None else None
     described = describe_site(site, positions.description)
     rewrite = Rewrite(site, plan, positions.inputs)
     folder = dump_to(Path(config.dump_dir), f"layer_{site.layer_index:02d}") if config.dump_dir is not None else None
@@ -254,6 +274,7 @@ def _rewrite(
         _layer_spec(site, plan, statistics),
         positions,
         {name: tensor.to(device) for name, tensor in buffers.items()},
+        rope,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
     lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}

@@ -43,11 +43,13 @@ from rotatekv_fx.evaluate import (
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"  # in a checkout; not part of a wheel
 _EVAL_RECIPES = ["none", RotateKVConfig.recipe]
-_DEMO_PROMPT_CHARACTERS = 2500
+_DEMO_PROMPT_CHARACTERS = 3000
 
 _out = Console()
 _err = Console(stderr=True)
-_UsageError = typer.BadParameter.__mro__[1]  # click's, or the copy of it that newer versions of typer carry
+_UsageError: Any = typer.BadParameter.__mro__[
+    1
+]  # click's, or the copy of it that newer versions of typer carry
 
 app = typer.Typer(
     help="A packed 2-bit KV cache for Hugging Face decoders, made by a graph pass.",
@@ -121,7 +123,7 @@ def calibrate_command(
     with _progress("Calibrating") as advance:
         statistics, origin = source.collect(loaded, tokenizer, context, windows, advance)
     statistics.save(out)
-    _print_line(f"Calibrated on {_describe(origin)}; saved {out} ({out.stat().st_size:,} bytes).")
+    _print_line(f"Calibration: {_describe(origin)}. Saved {escape(str(out))}, {out.stat().st_size:,} bytes.")
     _write_json(json_file, {"model": model, "file": str(out), "calibration": origin})
 
 
@@ -252,7 +254,7 @@ def demo_command(
 
     statistics, origin = _calibrate(source, configs, loaded, tokenizer, context)
     candidates = _transformed(loaded, configs, statistics)
-    prompt = prompt or contents[:_DEMO_PROMPT_CHARACTERS].rsplit(maxsplit=1)[0]
+    prompt = prompt or _first_sentences(contents, _DEMO_PROMPT_CHARACTERS)
     packed = configs[-1]
     models = {
         f"{8 * loaded.dtype.itemsize}-bit cache (untransformed)": loaded,
@@ -380,7 +382,7 @@ def _calibrate(
         return None, None
     with _progress("Calibrating") as advance:
         statistics, origin = source.collect(model, tokenizer, context, CALIBRATION_WINDOWS, advance)
-    _print_line(f"Calibrated on {_describe(origin)}.")
+    _print_line(f"Calibration: {_describe(origin)}.")
     return statistics, origin
 
 
@@ -389,7 +391,10 @@ def _transformed(
 ) -> dict[RotateKVConfig, PreTrainedModel]:
     """A transformed copy of `model` for each config."""
     with _err.status("Transforming"):
-        return {config: transform(copy.deepcopy(model), config, statistics) for config in configs}
+        candidates = {config: copy.deepcopy(model) for config in configs}
+        for config, candidate in candidates.items():
+            transform(candidate, config, statistics)
+        return candidates
 
 
 def _compare(
@@ -403,11 +408,19 @@ def _compare(
     return figures
 
 
+def _first_sentences(text: str, characters: int) -> str:
+    """How `text` begins, up to the last full stop within `characters`, or cut there if there is none."""
+    head = text[:characters]
+    return head[: head.rfind(". ") + 1] or head
+
+
 def _describe(origin: Mapping[str, Any]) -> str:
     if origin["source"] == "text":
-        return escape(f"{origin['windows']} windows of {origin['context']} tokens of {origin['file']}")
+        return escape(
+            f"{origin['windows']} windows of {origin['context']} tokens of {Path(origin['file']).name}"
+        )
     if origin["source"] == "file":
-        return escape(f"the statistics in {origin['file']}")
+        return escape(f"read from {Path(origin['file']).name}")
     return "text that the model wrote"
 
 

@@ -12,6 +12,9 @@ from rotatekv_fx.cache.codec import Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
+from rotatekv_fx.rope import Rope
+
+ops = torch.ops.rotatekv
 
 _OWNERS = "rotatekv_position_owners"  # on a Cache: which layer holds the positions of which inputs
 
@@ -23,9 +26,18 @@ class AttentionRuntime(nn.Module):
     state_dict. `update` is what the graph calls in place of the cache write.
     """
 
-    def __init__(self, layer_index: int, spec: LayerSpec, positions: PositionPlan, buffers: dict[str, Tensor]):
+    def __init__(
+        self,
+        layer_index: int,
+        spec: LayerSpec,
+        positions: PositionPlan,
+        buffers: dict[str, Tensor],
+        rope: Rope | None,
+    ):
+        """`rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix, key_inverse
+        and key_center of `buffers`."""
         super().__init__()
-        self.layer_index, self.spec, self.positions = layer_index, spec, positions
+        self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.residual: Tensor | None = None
@@ -55,15 +67,27 @@ class AttentionRuntime(nn.Module):
             mask, keys and values [B, Hkv, N, D], and the positional inputs of those N tokens.
         """
         step = self.layer(cache).step(key, value, self.positions.encode(positions), residual, mask, self)
+        if self.rope is not None:
+            return step.mask, step.keys, step.values
         return (step.mask, step.keys, step.values, *self.positions.decode(step.positions))
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
-        """An exact key [B, Hkv, N, D] as it is quantized."""
-        return key
+        """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""
+        if self.rope is None:
+            return key
+        return ops.rotate(key - self._mean(key, positions), self.key_matrix, None, False)
 
     def from_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """The inverse of `to_codes`."""
-        return key
+        if self.rope is None:
+            return key
+        return ops.rotate(key, self.key_inverse, None, True) + self._mean(key, positions)
+
+    def _mean(self, key: Tensor, positions: Parts) -> Tensor:
+        """RoPE of the calibrated mean at each token's position, [B or 1, Hkv, N, D]."""
+        batch = positions[0].shape[0] if positions else 1
+        mean = self.key_center.to(key.dtype)[None, :, None].expand(batch, -1, key.shape[2], -1)
+        return self.rope(mean, *self.positions.decode(positions)).to(key.dtype)
 
     def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the enclosing block: keep its input [B, S, C] until the attention asks for it."""

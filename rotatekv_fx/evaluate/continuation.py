@@ -37,7 +37,7 @@ def continue_greedily(
     ids = torch.tensor([[*start_tokens(tokenizer), *encode(tokenizer, prompt)]], device=model.device)
     check_context(model, ids.shape[1] + new_tokens)
     begin = time.perf_counter()
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]  # of a mixin that PreTrainedModel does not declare
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,11 +30,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
         raise InputError(f"The dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
     location = _location(name)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     except Exception as error:  # a damaged or foreign checkpoint can fail in any way
         raise InputError(f"Cannot load {name} as a causal language model: {_first_line(error)}") from error
+    model, found = loaded
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(

@@ -19,8 +19,10 @@ class Rewrite:
         site: where things were found; its graph is rewritten in place.
         plan: what the recipe computed for this layer.
         position_inputs: the inputs that the stored positions are made of, by name.
+        exact_key: the key in the form that exact tokens are kept in.
         key, value: what will be quantized, [B, Hkv, S, D].
-        key_read, value_read: what comes out of the (de)quantizer, in the form that `key`, `value` have.
+        key_coded, value_coded: what comes out of the (de)quantizer.
+        key_read, value_read: what is read, in the form that exact tokens are kept in.
         key_attended, value_attended: what the attention reads.
         residual: placeholder of the enclosing block's input, once sinks are preserved.
         positions_read: the positional inputs of the stored keys, by the input's name.
@@ -31,8 +33,11 @@ class Rewrite:
     site: AttentionSite
     plan: LayerPlan
     position_inputs: tuple[str, ...] = ()
+    exact_key: fx.Node | None = None
     key: fx.Node | None = None
     value: fx.Node | None = None
+    key_coded: fx.Node | None = None
+    value_coded: fx.Node | None = None
     key_read: fx.Node | None = None
     value_read: fx.Node | None = None
     key_attended: fx.Node | None = None

@@ -1,7 +1,7 @@
 """insert_quantization: what the attention reads has been through the codes.
 
-    before:  key ~> key_read            value ~> value_read
-    after:   key -> quantize -> dequantize -> key_read            (values alike)
+    before:  key ~> key_coded                           (values alike)
+    after:   key -> quantize -> dequantize -> key_coded
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ def insert_quantization(rewrite: Rewrite) -> dict[str, int]:
         Count of quantize nodes (0 where the plan stores exact values).
     """
     plan, site = rewrite.plan, rewrite.site
-    sides = ((rewrite.key, rewrite.key_read, plan.key_quantizer), (rewrite.value, rewrite.value_read, plan.value_quantizer))
+    sides = (
+        (rewrite.key, rewrite.key_coded, plan.key_quantizer),
+        (rewrite.value, rewrite.value_coded, plan.value_quantizer),
+    )
     quantized = 0
-    for stored, read, quantizer in sides:
+    for stored, coded, quantizer in sides:
         if quantizer is not None:
-            _quantize(rewrite.graph, stored, read, quantizer, site.kv_heads)
+            _quantize(rewrite.graph, stored, coded, quantizer, site.kv_heads)
             quantized += 1
     return {"quantized": quantized}
 
 
-def _quantize(graph: fx.Graph, stored: fx.Node, read: fx.Node, quantizer: Quantizer, heads: int) -> None:
+def _quantize(graph: fx.Graph, stored: fx.Node, coded: fx.Node, quantizer: Quantizer, heads: int) -> None:
     q = quantizer
-    with graph.inserting_before(read):
+    with graph.inserting_before(coded):
         packed = graph.call_function(ops.quantize.default, (stored, q.bits, q.group, q.clip, q.scheme))
         parts = [graph.call_function(getitem, (packed, i)) for i in range(3)]
         exact = graph.call_function(ops.dequantize.default, (*parts, q.bits, q.group, heads, _dtype(stored)))
-    read.replace_input_with(stored, exact)
+    coded.replace_input_with(stored, exact)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

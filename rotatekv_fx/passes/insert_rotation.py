@@ -3,8 +3,12 @@
     before:  k_proj -> key_pre -> rope -> kv_update -> attention -> o_proj
              v_proj -> value -----------> kv_update ----^
 
-    after:   k_proj' -> key ~> key_read -> rotate^-1 -> rope -> attention -> o_proj'
+    after, keys stored before RoPE:
+             k_proj' -> key ~> key_read -> rotate^-1 -> rope -> attention -> o_proj'
              v_proj' -> value ~> value_read --------------------^
+
+    after, keys stored after RoPE, less the calibrated mean:
+             k_proj -> key_pre -> rope -> sub(rope(mean)) -> rotate -> key ~> rotate^-1 -> add(rope(mean)) -> key_read
 
 `~>` is where the quantizer goes. A prime marks a projection that the rotation was merged into (float64, rounded
 once); where more than layout operations stand between projection and tensor, a `rotate` node takes its place.
@@ -45,13 +49,20 @@ def insert_rotation(rewrite: Rewrite) -> dict[str, int]:
 def _rotate_keys(rewrite: Rewrite, counts: dict[str, int]) -> None:
     graph, site, plan = rewrite.graph, rewrite.site, rewrite.plan
     if not plan.before_rope:
-        rewrite.key = site.key_post
-        rewrite.key_read = rewrite.key_attended = graph.call_function(aten.alias.default, (site.key_post,))
+        rewrite.exact_key = site.key_post
+        mean = _mean_at_positions(rewrite)
+        key = site.key_post if mean is None else graph.call_function(aten.sub.Tensor, (site.key_post, mean))
+        rewrite.key = key = _transformed(rewrite, key, plan.key, None, "key", counts)
+        rewrite.key_coded = graph.call_function(aten.alias.default, (key,))
+        read = _inverse(rewrite, rewrite.key_coded, plan.key, "key")
+        read = read if mean is None else graph.call_function(aten.add.Tensor, (read, mean))
+        rewrite.key_read = rewrite.key_attended = graph.call_function(aten.alias.default, (read,))
         return
     key = graph.call_function(aten.transpose.int, (site.key_pre, 1, 2)) if site.key_pre_transposed else site.key_pre
     key = _transformed(rewrite, key, plan.key, site.key_projection, "key", counts)
-    rewrite.key = key
-    rewrite.key_read = read = graph.call_function(aten.alias.default, (key,))
+    rewrite.exact_key = rewrite.key = key
+    rewrite.key_coded = graph.call_function(aten.alias.default, (key,))
+    rewrite.key_read = read = graph.call_function(aten.alias.default, (rewrite.key_coded,))
     read = _inverse(rewrite, read, plan.key, "key")
     if site.key_pre_transposed:
         read = graph.call_function(aten.transpose.int, (read, 1, 2))
@@ -63,12 +74,27 @@ def _rotate_keys(rewrite: Rewrite, counts: dict[str, int]) -> None:
     rewrite.key_attended = replay(graph, rope_region(site), env)[site.key_post]
 
 
+def _mean_at_positions(rewrite: Rewrite) -> fx.Node | None:
+    """RoPE of the calibrated mean at the new tokens' positions, or None where the plan removes none."""
+    graph, site = rewrite.graph, rewrite.site
+    if rewrite.plan.center is None:
+        return None
+    center, dtype = rewrite.plan.center, site.key_pre.meta["val"].dtype
+    mean = _buffer(rewrite, "key_center", center)
+    if not site.key_pre_transposed:
+        mean = graph.call_function(aten.unsqueeze.default, (mean, 1))
+    zeros = graph.call_function(aten.zeros_like.default, (site.key_pre,))
+    mean = graph.call_function(aten.add.Tensor, (zeros, graph.call_function(aten.to.dtype, (mean, dtype))))
+    return replay(graph, rope_region(site), {site.key_pre: mean})[site.key_post]
+
+
 def _rotate_values(rewrite: Rewrite, counts: dict[str, int]) -> None:
     graph, site = rewrite.graph, rewrite.site
     rewrite.value = _transformed(
         rewrite, site.value, rewrite.plan.value, site.value_projection, "value", counts
     )
-    rewrite.value_read = rewrite.value_attended = graph.call_function(aten.alias.default, (rewrite.value,))
+    rewrite.value_coded = graph.call_function(aten.alias.default, (rewrite.value,))
+    rewrite.value_read = rewrite.value_attended = graph.call_function(aten.alias.default, (rewrite.value_coded,))
     if site.attention is None:
         rewrite.value_attended = _inverse(rewrite, rewrite.value_read, rewrite.plan.value, "value")
 

@@ -1,15 +1,15 @@
 """lower_attention: the stored form goes to the packed cache, and the attention reads what the cache holds.
 
-    before:  key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(query, ., ., mask)
+    before:  exact_key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(query, ., ., mask)
              value ------------------ alike ---------------> value_read ----------------^
 
-    after:   runtime.update(cache, key, value, positions, residual, mask)
+    after:   runtime.update(cache, exact_key, value, positions, residual, mask)
                  -> key_read -> ... -> attend(query, ., ., mask_read)
                  -> value_read -------------------^
                  -> positions_read, mask_read
 
-`runtime.update` appends the new tokens to the layer's packed cache with the same ops and returns every token that
-the attention sees. A module that computes its attention inline keeps doing so.
+`runtime.update` appends the new tokens to the layer's packed cache, with the same transforms and ops on the way in
+and out, and returns every token that the attention sees. A module that computes its attention inline keeps doing so.
 """
 
 from __future__ import annotations
@@ -41,21 +41,31 @@ def lower_attention(rewrite: Rewrite) -> dict[str, int]:
     order = {node: i for i, node in enumerate(graph.nodes)}
     first_read = min(reads, key=order.__getitem__)
     # the new tokens' values may be computed after the first read of the keys
-    _move_before(graph, [rewrite.key, rewrite.value], first_read)
+    _move_before(graph, [rewrite.exact_key, rewrite.value], first_read)
     with graph.inserting_before(first_read):
-        arguments = (runtime, cache, rewrite.key, rewrite.value, positions, rewrite.residual, rewrite.mask)
+        arguments = (runtime, cache, rewrite.exact_key, rewrite.value, positions, rewrite.residual, rewrite.mask)
         update = graph.call_method("update", arguments)
         mask_read, *results = [graph.call_function(getitem, (update, i)) for i in range(len(reads) + 1)]
     for read, result in zip(reads, results, strict=True):
         read.replace_all_uses_with(result)
         graph.erase_node(read)
     if site.attention is None:
+        _read_mask_inline(rewrite, update, mask_read)
         return {"attend": 0, "inline": 1}
     with graph.inserting_before(site.attention):
         attend = graph.call_function(ops.attend.default, _attend_arguments(rewrite, mask_read))
     site.attention.replace_all_uses_with(attend)
     graph.erase_node(site.attention)
     return {"attend": 1, "inline": 0}
+
+
+def _read_mask_inline(rewrite: Rewrite, update: fx.Node, mask_read: fx.Node) -> None:
+    """Inline attention that reads the mask after the update reads the mask of the update's columns."""
+    seen = False
+    for node in rewrite.graph.nodes:
+        seen = seen or node is mask_read
+        if seen and rewrite.mask in node.all_input_nodes:
+            node.replace_input_with(rewrite.mask, mask_read)
 
 
 def _attend_arguments(rewrite: Rewrite, mask: fx.Node) -> tuple[object, ...]:

@@ -1,9 +1,9 @@
 """preserve_sinks: tokens named by massive activations of the block's input are read exactly.
 
-    before:  key -> quantize -> dequantize -> key_read
+    before:  key -> quantize -> dequantize -> ... -> key_read
 
     after:   residual -> select_sinks -> tokens
-             key -> quantize -> dequantize -> restore_sinks(., take_tokens(key, tokens), tokens) -> key_read
+             key -> quantize -> dequantize -> ... -> restore_sinks(., take_tokens(exact_key, tokens), tokens) -> key_read
 
 Values alike, with the same tokens. Padding, which its own query does not see, is never chosen.
 """
@@ -38,7 +38,7 @@ def preserve_sinks(rewrite: Rewrite) -> dict[str, int]:
         valid = _valid_tokens(graph, rewrite.mask)
         chosen = graph.call_function(ops.select_sinks.default, (rewrite.residual, valid, rewrite.plan.sinks))
         tokens = graph.call_function(getitem, (chosen, 1))
-    for stored, read in ((rewrite.key, rewrite.key_read), (rewrite.value, rewrite.value_read)):
+    for stored, read in ((rewrite.exact_key, rewrite.key_read), (rewrite.value, rewrite.value_read)):
         with graph.inserting_before(read):
             coded = read.args[0]
             exact = graph.call_function(ops.take_tokens.default, (stored, tokens))

@@ -1,6 +1,6 @@
 """Recipes: calibration statistics -> transforms of K and V. A new recipe is one file that registers itself."""
 
-from rotatekv_fx.recipes import none, paper
+from rotatekv_fx.recipes import centered, none, paper
 from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer, Recipe, get, names, register
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LayerShape",
     "Quantizer",
     "Recipe",
+    "centered",
     "get",
     "names",
     "none",

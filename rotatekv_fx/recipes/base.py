@@ -55,6 +55,7 @@ class LayerPlan:
 
     Attributes:
         before_rope: keys are stored as they were before RoPE, which is applied to them when they are read.
+        center: float64 [Hkv, D], removed from keys before RoPE and added back when they are read, or None.
         key, value: channel transforms, or None for none.
         key_quantizer, value_quantizer: None stores exact values in the model's own dtype.
         sinks: largest |values| of the block's input that name exact tokens.
@@ -63,6 +64,7 @@ class LayerPlan:
     """
 
     before_rope: bool = False
+    center: Tensor | None = None
     key: ChannelTransform | None = None
     value: ChannelTransform | None = None
     key_quantizer: Quantizer | None = None
@@ -88,6 +90,7 @@ class Recipe(Protocol):
 
     name: str
     needs_calibration: bool
+    needs_linear_rope: bool
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None

@@ -12,6 +12,7 @@ class NoneRecipe:
 
     name = "none"
     needs_calibration = False
+    needs_linear_rope = False
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None

@@ -24,6 +24,7 @@ class PaperRecipe:
 
     name = "paper"
     needs_calibration = True
+    needs_linear_rope = False
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None

@@ -1,0 +1,173 @@
+"""Recipe `centered`: keys are stored after RoPE, with their calibrated mean removed before it.
+
+Most of a key's outlier energy is a constant per-channel mean before RoPE. Without it, what is left can be rotated
+after RoPE, where the inverse folds into the query; the mean's share of a score depends on the position alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rotatekv_fx.calibration import LayerStatistics
+from rotatekv_fx.config import RotateKVConfig, resolve_group_size
+from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.recipes.base import (
+    ChannelTransform,
+    LayerPlan,
+    LayerShape,
+    Quantizer,
+    hadamard,
+    register,
+)
+
+WINDOW = 64
+TILE_ROWS = 16  # query rows of one tensor-core tile: head_group * query heads of a KV head stay within
+MEAN_SHARE = 0.99  # of the mean's query-weighted energy that the position term carries
+MEAN_CHANNELS = 32  # at most, for each head
+EIGENVALUE_FLOOR = 1e-6  # relative to the largest
+
+
+class CenteredRecipe:
+    """Mean removed before RoPE, a whitening rotation after it, midpoint codes, sinks and a recent window."""
+
+    name = "centered"
+    needs_calibration = True
+    needs_linear_rope = True
+
+    def plan(
+        self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
+    ) -> LayerPlan:
+        """Transforms and quantizers of one layer.
+
+        Keys: y = T^T R_n (k - mu) over G heads, T = blockdiag(A_h) (H_G kron I). A_h minimises the expected error of
+        scores under equal noise per channel: S_q^(1/2) U L^(-1/4) H, with S_q^(1/2) S_k S_q^(1/2) = U L U^T.
+        Values: the same with W = sum Wo^T Wo in the place of S_q.
+
+        Raises:
+            ConfigError: head_group or group_size does not divide.
+        """
+        assert statistics is not None
+        mean = kept_mean(statistics)
+        heads = _head_group(config.head_group, shape)
+        window = WINDOW if config.window is None else config.window
+        key = torch.stack(
+            [
+                whitening(covariance, weight)
+                for covariance, weight in zip(
+                    centered_second(statistics, mean), statistics.query_second / statistics.kept, strict=True
+                )
+            ]
+        )
+        value_mean = statistics.value_sum / statistics.kept
+        value_covariance = statistics.value_second / statistics.kept - value_mean[:, :, None] * value_mean[:, None]
+        pairs = zip(value_covariance, statistics.value_weight, strict=True)
+        value = torch.stack([whitening(covariance, weight) for covariance, weight in pairs])
+        return LayerPlan(
+            center=mean,
+            key=_across_heads(key, heads),
+            value=ChannelTransform(value, torch.linalg.inv(value)),
+            key_quantizer=_quantizer(
+                config.key_bits, config.key_clip, config.group_size, shape.kv_heads * shape.head_dim
+            ),
+            value_quantizer=_quantizer(
+                config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
+            ),
+            sinks=config.sinks,
+            window=window,
+            slack=config.slack,
+        )
+
+
+def kept_mean(statistics: LayerStatistics) -> Tensor:
+    """The mean [Hkv, D] restricted to the channel pairs that the position term carries.
+
+    The fewest pairs that hold 99% of sum |mu|^2 E|q|^2, the largest over heads, and at most 32 channels; the rest of
+    the mean stays in the codes.
+    """
+    partner = statistics.partner
+    query = (statistics.query_second / statistics.kept).diagonal(dim1=-2, dim2=-1)
+    energy = statistics.key_mean.square() * (query if bool(query.any()) else torch.ones_like(query))
+    pair = energy + torch.where(partner == torch.arange(len(partner)), 0, energy[:, partner])
+    share = (pair / pair.sum(1, keepdim=True).clamp(min=1e-300)).amax(0)  # [D], equal for both of a pair
+    first = torch.arange(len(partner)) <= partner
+    order = torch.argsort(torch.where(first, share, -1.0), descending=True)[: int(first.sum())]
+    covered = torch.cumsum(pair[:, order], 1) / pair[:, order].sum(1, keepdim=True).clamp(min=1e-300)
+    count = int((covered.amin(0) < MEAN_SHARE).sum()) + 1
+    chosen: list[int] = []
+    for channel in order[:count].tolist():
+        both = {channel, int(partner[channel])}
+        if len(chosen) + len(both) <= MEAN_CHANNELS:
+            chosen += both
+    mask = torch.zeros(len(partner), dtype=torch.float64)
+    mask[chosen] = 1.0
+    return statistics.key_mean * mask
+
+
+def centered_second(statistics: LayerStatistics, mean: Tensor) -> Tensor:
+    """Second moment [Hkv, D, D] of R_n (k - mean), from sums that do not depend on the mean.
+
+    With R_n mean = a mean + b mean[partner]: E[(Rk)(R mean)^T] and E[(R mean)(R mean)^T] follow from the sums of
+    (Rk) a^T, (Rk) b^T, a a^T, a b^T and b b^T.
+    """
+    swapped = mean[:, statistics.partner]
+    cross = statistics.key_a * mean[:, None, :] + statistics.key_b * swapped[:, None, :]
+    aa, ab, bb = statistics.turns
+    outer = (
+        aa * mean[:, :, None] * mean[:, None]
+        + ab * mean[:, :, None] * swapped[:, None]
+        + ab.mT * swapped[:, :, None] * mean[:, None]
+        + bb * swapped[:, :, None] * swapped[:, None]
+    )
+    return (statistics.key_second - cross - cross.mT + outer) / statistics.kept
+
+
+def whitening(covariance: Tensor, weight: Tensor) -> Tensor:
+    """A = W^(1/2) U L^(-1/4) H with W^(1/2) C W^(1/2) = U L U^T: x @ A spreads C's energy evenly over channels.
+
+    Args:
+        covariance: [D, D] of what is stored; weight: [D, D] of what it is multiplied with. Zeros give H alone.
+    """
+    rotation = hadamard(covariance.shape[0])
+    if not bool(weight.any()) or not bool(covariance.any()):
+        return rotation
+    root = _power(weight, 0.5)
+    values, vectors = _floored_eigh(root @ covariance @ root)
+    return root @ vectors @ torch.diag(values**-0.25) @ rotation
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = _floored_eigh(matrix)
+    return vectors @ torch.diag(values**exponent) @ vectors.mT
+
+
+def _floored_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
+    return values.clamp(min=float(values[-1]) * EIGENVALUE_FLOOR), vectors
+
+
+def _across_heads(per_head: Tensor, heads: int) -> ChannelTransform:
+    """[Hkv, D, D] matrices, then a Hadamard across groups of heads: [Hkv / G, G D, G D]."""
+    dim = per_head.shape[-1]
+    mix = torch.kron(hadamard(heads), torch.eye(dim, dtype=torch.float64))
+    blocks = [torch.block_diag(*group) @ mix for group in per_head.split(heads)]
+    inverses = [mix.mT @ torch.block_diag(*torch.linalg.inv(group)) for group in per_head.split(heads)]
+    return ChannelTransform(torch.stack(blocks), torch.stack(inverses))
+
+
+def _head_group(requested: int | None, shape: LayerShape) -> int:
+    if requested is None:
+        repeats = shape.query_heads // shape.kv_heads
+        fitting = (g for g in (16, 8, 4, 2) if g * repeats <= TILE_ROWS and shape.kv_heads % g == 0)
+        return next(fitting, 1)
+    if shape.kv_heads % requested:
+        raise ConfigError(f"head_group {requested} does not divide the {shape.kv_heads} KV heads; use a divisor.")
+    return requested
+
+
+def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
+    default_clip = 0.8 if bits <= 3 else 1.0
+    return Quantizer(bits, resolve_group_size(group_size, channels), clip or default_clip, "midpoint")
+
+
+register(CenteredRecipe())
