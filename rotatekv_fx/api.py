@@ -1,4 +1,4 @@
-"""transform(), restore(), calibrate(), report(): wires the parts, and is the only module that knows them all."""
+"""transform(), restore(), calibrate(), report(): wires the parts; the only module that knows them all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 logger = logging.getLogger(__name__)
 _STATE = "rotatekv_state"
 _SUPPORTED_ATTENTION = ("sdpa", "eager")
-_FP16_MARGIN = 4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
+_FP16_MARGIN = (
+    4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,8 @@ def transform(
     Args:
         model: a decoder-only model of transformers, in eval mode; returned as the same object.
         config: settings; the default is the recipe "paper" at 2 bits.
-        calibration: statistics of this model. Without them, a recipe that needs some lets the model write its own
-            calibration text first, which is logged.
+        calibration: statistics of this model. Without them, a recipe that needs some lets the model write its
+            own calibration text first, which is logged.
 
     Returns:
         `model`. Its `generate` and `forward` run on the packed cache.
@@ -163,13 +165,17 @@ def inspect_model(model: nn.Module) -> Report:
 def _state(model: nn.Module) -> _State:
     state = getattr(model, _STATE, None)
     if state is None:
-        raise StateError(f"this {type(model).__name__} is not transformed; call rotatekv_fx.transform(model) first.")
+        raise StateError(
+            f"this {type(model).__name__} is not transformed; call rotatekv_fx.transform(model) first."
+        )
     return state
 
 
 def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise InputError(f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained.")
+        raise InputError(
+            f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained."
+        )
     if hasattr(model, _STATE):
         raise StateError("the model is transformed already; call rotatekv_fx.restore(model) first.")
     if model.training:
@@ -204,7 +210,9 @@ def _shared_parameters(model: nn.Module) -> set[int]:
     """Parameters that more than one name leads to: nothing may be merged into them."""
     seen: set[int] = set()
     return {
-        id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in seen or seen.add(id(p))  # type: ignore[func-returns-value]
+        id(p)
+        for _, p in model.named_parameters(remove_duplicate=False)
+        if id(p) in seen or seen.add(id(p))  # type: ignore[func-returns-value]
     }
 
 
@@ -249,7 +257,8 @@ def _no_match(model: nn.Module, matched: _Matched) -> str:
         for r in matched.rejections
     )
     remedy = "; allow_partial=True transforms the others" if matched.sites else ""
-    return f"{len(matched.rejections)} of {total} attention modules of {type(model).__name__} rejected{remedy}:\n{reasons}"
+    share = f"{len(matched.rejections)} of {total} attention modules of {type(model).__name__}"
+    return f"{share} rejected{remedy}:\n{reasons}"
 
 
 def _rewrite(
@@ -261,10 +270,15 @@ def _rewrite(
     plan = recipes.get(config.recipe).plan(shape, config, statistics)
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
-    rope = Rope(site).to(site.device) if plan.center is not None else None
+    transforms_after_rope = not plan.before_rope and plan.key is not None
+    rope = Rope(site).to(site.device) if transforms_after_rope else None
     described = describe_site(site, positions.description)
     rewrite = Rewrite(site, plan, positions.inputs)
-    folder = dump_to(Path(config.dump_dir), f"layer_{site.layer_index:02d}") if config.dump_dir is not None else None
+    folder = (
+        dump_to(Path(config.dump_dir), f"layer_{site.layer_index:02d}")
+        if config.dump_dir is not None
+        else None
+    )
     counts = run_passes(rewrite, dump=folder)
     module, example = site.capture.module, site.hidden_example
     device = example.device
@@ -297,7 +311,9 @@ def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistic
     dtype = site.hidden_example.dtype
     exact = dtype
     if dtype.itemsize > 2:
-        norm = max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
+        norm = (
+            max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
+        )
         exact = torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
     key = Codec(plan.key_quantizer, site.kv_heads, dtype)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
@@ -314,6 +330,8 @@ def _bind_all(model: nn.Module, bindings: list[Binding], keep_originals: bool) -
             done.append(bind(model, binding, keep_originals))
     except BaseException:
         for original, before in zip(done, parameters, strict=False):
-            unbind(model, dataclasses.replace(original, parameters={n: p.detach() for n, p in before.items()}))
+            unbind(
+                model, dataclasses.replace(original, parameters={n: p.detach() for n, p in before.items()})
+            )
         raise
     return done

@@ -19,7 +19,8 @@ class Binding:
     """One module's replacement, complete before any module is touched.
 
     Attributes:
-        graph: its placeholders are runtime, cache, the captured inputs, and the residual where sinks are kept.
+        graph: its placeholders are runtime, cache, the captured inputs, and the residual where sinks are
+            kept.
         parameters: folded parameters by name, in the model's dtype.
     """
 
@@ -32,7 +33,9 @@ class Binding:
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """What `unbind` needs: names of the module and its block, and the replaced parameters on the CPU (or None)."""
+    """What `unbind` needs: names of the module and its block, and the replaced parameters on the CPU (or
+    None).
+    """
 
     name: str
     block_name: str
@@ -47,7 +50,9 @@ def bind(model: nn.Module, binding: Binding, keep_originals: bool) -> Original:
     original = Original(
         capture.name,
         capture.block_name,
-        {n: p.detach().to("cpu", copy=p.device.type != "cpu") for n, p in replaced.items()} if keep_originals else None,
+        {n: p.detach().to("cpu", copy=p.device.type != "cpu") for n, p in replaced.items()}
+        if keep_originals
+        else None,
         vars(module).get("forward"),
     )
     try:
@@ -120,11 +125,13 @@ def check_call(module: nn.Module, hidden: Tensor, dtype: torch.dtype) -> None:
         StateError: the module is in training mode, or its dtype has changed since transform().
     """
     if module.training:
-        raise StateError("a transformed model is for inference; call model.eval(), or restore(model) to train.")
+        raise StateError(
+            "a transformed model is for inference; call model.eval(), or restore(model) to train."
+        )
     if hidden.dtype is not dtype:
         raise StateError(
-            f"the model was transformed in {dtype} and now runs in {hidden.dtype}; restore(model), convert it, and "
-            "transform it again."
+            f"the model was transformed in {dtype} and now runs in {hidden.dtype}; restore(model), "
+            "convert it, and transform it again."
         )
 
 

@@ -24,8 +24,8 @@ _NOT_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path
 class LayerStatistics:
     """Sums over calibration tokens of one layer, float64, independent of any recipe.
 
-    RoPE at position n turns channel c towards its partner c': (R_n x)_c = a_c(n) x_c + b_c(n) x_c' (a = 1, b = 0 where
-    it turns nothing). The moments leave out each window's first tokens, where attention sinks live.
+    RoPE at position n turns channel c towards its partner c': (R_n x)_c = a_c(n) x_c + b_c(n) x_c' (a = 1, b
+    = 0 where it turns nothing). The moments leave out each window's first tokens, where attention sinks live.
 
     Attributes:
         tokens, kept: [] tokens seen, and those in the moments.
@@ -36,8 +36,10 @@ class LayerStatistics:
         key_a, key_b: [Hkv, D, D] sums of (R k) a^T and of (R k) b^T.
         turns: [3, D, D] sums of a a^T, a b^T and b b^T.
         partner: int64 [D], c' of each channel c.
-        rope_error: [] largest relative error of that description of RoPE; past 1e-3 it is no linear map of pairs.
-        query_second: [Hkv, D, D] sum of q q^T over tokens, mean over a KV head's queries after RoPE; 0 if unknown.
+        rope_error: [] largest relative error of that description of RoPE; past 1e-3 it is no linear map of
+            pairs.
+        query_second: [Hkv, D, D] sum of q q^T over tokens, mean over a KV head's queries after RoPE; 0 if
+            unknown.
         value_sum: [Hkv, Dv]; value_second: [Hkv, Dv, Dv] sum of v v^T.
         value_weight: [Hkv, Dv, Dv] sum of Wo^T Wo over a KV head's query heads; the identity if unknown.
     """
@@ -99,7 +101,9 @@ class Calibration:
             CalibrationError: it is missing, damaged, or not a calibration file.
         """
         if not Path(path).is_file():
-            raise CalibrationError(f"calibration file {path} does not exist; write one with `rotatekv calibrate`.")
+            raise CalibrationError(
+                f"calibration file {path} does not exist; write one with `rotatekv calibrate`."
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("rotatekv", "{}"))
@@ -107,7 +111,9 @@ class Calibration:
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise CalibrationError(f"calibration file {path} is damaged: {error}; write it again.") from error
         if header.get("format") != FORMAT:
-            raise CalibrationError(f"{path} is no calibration file of this version ({FORMAT}); write it again.")
+            raise CalibrationError(
+                f"{path} is no calibration file of this version ({FORMAT}); write it again."
+            )
         fields = {f.name for f in dataclasses.fields(LayerStatistics)}
         grouped: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -115,7 +121,9 @@ class Calibration:
             grouped.setdefault(int(index), {})[field] = tensor
         for index, layer in grouped.items():
             if set(layer) != fields or not all(bool(t.isfinite().all()) for t in layer.values()):
-                raise CalibrationError(f"calibration file {path} is damaged at layer {index}; write it again.")
+                raise CalibrationError(
+                    f"calibration file {path} is damaged at layer {index}; write it again."
+                )
         layers = {index: LayerStatistics(**layer) for index, layer in sorted(grouped.items())}
         return cls(layers, header["fingerprint"], header["source"])
 
@@ -128,13 +136,13 @@ class Calibration:
         found = model_fingerprint(model)
         if found != self.fingerprint:
             raise CalibrationError(
-                f"the calibration belongs to another model (fingerprint {self.fingerprint}, this model's is {found}); "
-                "calibrate this model."
+                f"the calibration belongs to another model (fingerprint {self.fingerprint}, this model's is "
+                f"{found}); calibrate this model."
             )
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's config and of a sample of every parameter, rounded to bfloat16 so that dtypes agree."""
+    """Hash of a model's config and of samples of every parameter, as bfloat16 so that dtypes agree."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):

@@ -1,8 +1,9 @@
 """Model -> one exported fx graph per attention module, with markers for the cache write and the attention.
 
-No class names: an attention module is the innermost module on the call stack when `Cache.update` fires. Each is
-exported by itself, its cache replaced by one whose `update` is a marker op and its attention function by another
-marker op, so GQA repeats, SDPA or eager arithmetic, soft-caps and sink logits all sit in the marker's arguments.
+No class names: an attention module is the innermost module on the call stack when `Cache.update` fires. Each
+is exported by itself, its cache replaced by one whose `update` is a marker op and its attention function by
+another marker op, so GQA repeats, SDPA or eager arithmetic, soft-caps and sink logits all sit in the marker's
+arguments.
 """
 
 from __future__ import annotations
@@ -65,16 +66,23 @@ _capturing = threading.local()
 def _marker_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    tensors = {k: v for k, v in sorted(kwargs.items()) if isinstance(v, Tensor) and k not in IGNORED_ARGUMENTS}
+    tensors = {
+        k: v for k, v in sorted(kwargs.items()) if isinstance(v, Tensor) and k not in IGNORED_ARGUMENTS
+    }
     static = {k: v for k, v in kwargs.items() if not isinstance(v, Tensor) and k not in IGNORED_ARGUMENTS}
     _capturing.arguments.append(AttentionArguments(static, tuple(tensors)))
-    return torch.ops.rotatekv_capture.attention(query, key, value, attention_mask, list(tensors.values())), None
+    return torch.ops.rotatekv_capture.attention(
+        query, key, value, attention_mask, list(tensors.values())
+    ), None
 
 
 # Passed along by decoder layers, without effect on the numbers once a mask is given.
 IGNORED_ARGUMENTS = frozenset(
-    "position_ids cache_position use_cache output_attentions output_hidden_states return_dict output_router_logits "
-    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k position_embeddings layer_idx".split()
+    (
+        *("position_ids", "cache_position", "position_embeddings", "layer_idx", "use_cache", "return_dict"),
+        *("output_attentions", "output_hidden_states", "output_router_logits"),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    )
 )
 AttentionInterface.register(MARKER, _marker_attention)
 
@@ -100,6 +108,7 @@ class Call:
     layer_index: int
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
+    repeated: bool = False
 
 
 @dataclasses.dataclass
@@ -126,9 +135,9 @@ class CapturedInput:
 class Capture:
     """The exported graph of one attention module.
 
-    `graph` is rooted at the attention module: its placeholders are `inputs`, in order; parameters and buffers are
-    `get_attr` nodes by their own names; lifted constants are `get_attr` nodes below `rotatekv.` and listed in
-    `constants`. `arguments` is None when the module computes its attention inline.
+    `graph` is rooted at the attention module: its placeholders are `inputs`, in order; parameters and buffers
+    are `get_attr` nodes by their own names; lifted constants are `get_attr` nodes below `rotatekv.` and
+    listed in `constants`. `arguments` is None when the module computes its attention inline.
     """
 
     name: str
@@ -182,22 +191,30 @@ def capture(
     results: list[Capture | CaptureFailure] = []
     for key, call in first.items():
         try:
+            if call.repeated:
+                raise ValueError("one module writes to the cache several times in a forward")
             results.append(_capture_module(model, names, call, second[key], producers, len(first)))
         except Exception as error:  # the exporter raises many kinds; all mean "cannot be traced"
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
-            results.append(CaptureFailure(names[call.module], call.layer_index, f"export failed: {reason}"))
+            message = str(error).strip().partition("\n")[0] or "no message"
+            reason = f"export failed: {type(error).__name__}: {message}"
+            results.append(CaptureFailure(names[call.module], call.layer_index, reason))
         if progress is not None:
             progress(len(results), len(first))
     return results
 
 
 def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, Call], dict[int, Producer]]:
-    """Run a padded batch of dummy ids and note which module called `Cache.update`, and which made rows of positions."""
+    """Run a padded batch of dummy ids and note which module called `Cache.update`, and which made rows of
+    positions.
+    """
     config = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"{type(model).__name__} is an encoder-decoder; transform() takes decoder-only models.")
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder; transform() takes decoder-only models."
+        )
     stack: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     calls: dict[int, Call] = {}
+    repeated: set[int] = set()  # modules that wrote more than once
     writers: dict[int, list[nn.Module]] = {}
     producers: dict[int, Producer] = {}
     kept: list[Any] = []  # keeps recorded tensors alive, so that their ids stay theirs
@@ -205,6 +222,7 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
     class RecordingCache(DynamicCache):
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
             module, call_args, call_kwargs = stack[-1]
+            repeated.update({id(module)} & calls.keys())
             calls[id(module)] = Call(
                 module, module, call_args, call_kwargs, layer_idx, tuple(key.shape), tuple(value.shape)
             )
@@ -245,17 +263,20 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
         with torch.no_grad():
             model(**arguments, past_key_values=RecordingCache(config=model.config), use_cache=True)
     except Exception as error:
-        raise InputError(f"{type(model).__name__} failed on a dummy batch: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{type(model).__name__} failed on a dummy batch: {type(error).__name__}: {error}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
     if not calls:
         raise InputError(
-            f"No module of {type(model).__name__} wrote to the KV cache; transform() takes decoder-only language "
-            "models, such as those of AutoModelForCausalLM."
+            f"No module of {type(model).__name__} wrote to the KV cache; transform() takes decoder-only "
+            "language models, such as those of AutoModelForCausalLM."
         )
     for key, call in calls.items():
         call.block = _enclosing_block(model, writers, key)
+        call.repeated = key in repeated
     kept.append(calls)
     producers = {k: v for k, v in producers.items() if any(k == id(t) for t in _call_tensors(calls))}
     return calls, producers
@@ -271,7 +292,9 @@ def _is_positions(tensor: Tensor, length: int) -> bool:
 
 
 def _enclosing_block(model: nn.Module, writers: dict[int, list[nn.Module]], key: int) -> nn.Module:
-    """The repeated block around an attention module: a ModuleList's member, else the outermost module of its own."""
+    """The repeated block around an attention module: a ModuleList's member, else the outermost module of its
+    own.
+    """
     members = {id(child) for m in model.modules() if isinstance(m, nn.ModuleList) for child in m}
     stack = writers[key]
     for module in stack:
@@ -320,7 +343,7 @@ def _capture_module(
         if isinstance(leaf, Tensor):
             changed = (i for i in range(leaf.dim()) if leaf.shape[i] != other.shape[i])
             tensors.append(leaf)
-            shapes.append({i: torch.export.Dim.AUTO for i in changed})
+            shapes.append(dict.fromkeys(changed, torch.export.Dim.AUTO))
             inputs.append(CapturedInput("", place, leaf, producers.get(id(leaf))))
         leaves.append(leaf)
 
@@ -357,8 +380,8 @@ def _capture_module(
 def understood(arguments: AttentionArguments) -> bool:
     """Whether `ops.attend` covers everything the model passed to its attention function."""
     known = {"scaling", "softcap", "dropout", "is_causal", "sliding_window", "s_aux"}
-    active = {k for k, v in arguments.static.items() if v is not None and v is not False} | set(arguments.extra_names)
-    return active <= known
+    active = {k for k, v in arguments.static.items() if v is not None and v is not False}
+    return active | set(arguments.extra_names) <= known
 
 
 @contextlib.contextmanager
@@ -402,7 +425,9 @@ def _module_rooted(
         elif node.op == "placeholder":
             user = next(users)
             last = user.path[-1]
-            name = last if isinstance(last, str) else f"{user.path[-2]}_{last}" if len(user.path) > 2 else f"input_{last}"
+            name = last if isinstance(last, str) else f"input_{last}"
+            if isinstance(last, int) and len(user.path) > 2:
+                name = f"{user.path[-2]}_{last}"
             env[node] = graph.placeholder(name)
             user.name = env[node].name
         elif node.op == "get_attr":

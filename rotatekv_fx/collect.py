@@ -1,4 +1,4 @@
-"""Collecting calibration statistics: one pass over the text, float64 sums, memory independent of its length."""
+"""Collecting calibration statistics: one pass, float64 sums, memory independent of the text's length."""
 
 from __future__ import annotations
 
@@ -38,7 +38,14 @@ class _Sums:
         self.partner: Tensor | None = None
         self.error = 0.0
 
-    def add(self, key: Tensor, key_post: Tensor, value: Tensor, query: Tensor | None, positional: tuple[Tensor, ...]) -> None:
+    def add(
+        self,
+        key: Tensor,
+        key_post: Tensor,
+        value: Tensor,
+        query: Tensor | None,
+        positional: tuple[Tensor, ...],
+    ) -> None:
         """Add one window.
 
         Args:
@@ -79,7 +86,9 @@ class _Sums:
         values = {name: tensor.cpu() for name, tensor in self.values.items()}
         heads, dim, value_dim = self.site.kv_heads, self.site.head_dim, self.site.value_dim
         if "kept" not in values:
-            raise CalibrationError(f"calibration windows are too short; give at least {SINK_TOKENS + 1} tokens.")
+            raise CalibrationError(
+                f"calibration windows are too short; give at least {SINK_TOKENS + 1} tokens."
+            )
         values["key_mean"] = values["key_mean"] / values["kept"]
         values.setdefault("query_second", torch.zeros(heads, dim, dim, dtype=torch.float64))
         values["value_weight"] = _value_weight(self.site, heads, value_dim)
@@ -108,7 +117,9 @@ def _value_weight(site: AttentionSite, heads: int, dim: int) -> Tensor:
     projection = site.output_projection
     if projection is None:
         return torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
-    weight = site.capture.module.get_parameter(projection.weight).detach()[:, projection.features.to(site.device)]
+    weight = site.capture.module.get_parameter(projection.weight).detach()[
+        :, projection.features.to(site.device)
+    ]
     weight = weight.double().unflatten(1, (heads, -1))  # [out, Hkv, r, Dv]
     return torch.einsum("ohrd,ohre->hde", weight, weight).cpu()
 
@@ -134,7 +145,9 @@ def collect(
     """
     source = "given token ids"
     if data is None:
-        logger.info("No calibration data: %s writes %d windows itself.", type(model).__name__, GENERATED_WINDOWS)
+        logger.info(
+            "No calibration data: %s writes %d windows itself.", type(model).__name__, GENERATED_WINDOWS
+        )
         data, source = generate_windows(model, seed, progress), f"self-generated, seed {seed}"
     total = len(data) if hasattr(data, "__len__") else 0
     sums = {site.layer_index: _Sums(site) for site in sites}
@@ -149,9 +162,15 @@ def collect(
     if not windows:
         raise CalibrationError("calibration data holds no windows; give at least one row of token ids.")
     layers = {index: s.finish() for index, s in sums.items()}
-    bad = [i for i, s in layers.items() if not all(bool(getattr(s, f.name).isfinite().all()) for f in dataclasses.fields(s))]
+    bad = [
+        i
+        for i, s in layers.items()
+        if not all(bool(getattr(s, f.name).isfinite().all()) for f in dataclasses.fields(s))
+    ]
     if bad:
-        raise CalibrationError(f"keys or values of layers {bad} are not finite on the calibration data; use other data.")
+        raise CalibrationError(
+            f"keys or values of layers {bad} are not finite on the calibration data; use other data."
+        )
     return Calibration(layers, model_fingerprint(model), f"{source}, {windows} windows")
 
 
@@ -173,7 +192,9 @@ def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[No
     for site in sites:
         observe, add = observer(site), sums[site.layer_index].add
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site=site, observe=observe, add=add):
+        def hook(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], site=site, observe=observe, add=add
+        ):
             inputs = {i.name: lookup(args, kwargs, i.path) for i in site.capture.inputs}
             add(*observe(*inputs.values()), tuple(inputs[p.name] for p in site.positional))
 
@@ -186,7 +207,9 @@ def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[No
 
 
 def observer(site: AttentionSite) -> fx.GraphModule:
-    """The site's graph as a function of the module's inputs: keys before and after RoPE, values, queries or None."""
+    """The site's graph as a function of the module's inputs: keys before and after RoPE, values, queries or
+    None.
+    """
     graph, env = fx.Graph(), {}
     for node in site.graph.nodes:
         if node.op != "output":
@@ -214,7 +237,9 @@ class _Report(StoppingCriteria):
 def generate_windows(model: nn.Module, seed: int = 0, progress: Progress | None = None) -> list[Tensor]:
     """12 windows of up to 1,024 tokens that the model writes from its start token, at temperature 1."""
     config = model.config.get_text_config(decoder=True)
-    start = next((t for t in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if t is not None), 0)
+    start = next(
+        (t for t in (config.bos_token_id, config.eos_token_id, config.pad_token_id) if t is not None), 0
+    )
     start = start[0] if isinstance(start, list) else start
     length = min(GENERATED_LENGTH, getattr(config, "max_position_embeddings", None) or GENERATED_LENGTH)
     device = model.get_input_embeddings().weight.device
@@ -239,7 +264,7 @@ def generate_windows(model: nn.Module, seed: int = 0, progress: Progress | None 
 
 @contextlib.contextmanager
 def _bar(label: str, progress: Progress | None) -> Iterator[Progress]:
-    """The caller's progress function, or a bar of transformers' own kind (which its settings can turn off)."""
+    """The caller's progress function, or a bar of transformers' own kind (its settings can turn it off)."""
     if progress is not None:
         yield progress
         return

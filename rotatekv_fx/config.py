@@ -21,15 +21,18 @@ class RotateKVConfig:
     """How the KV cache is transformed and stored.
 
     Args:
-        recipe: name of a registered recipe: "paper" (RotateKV as published) or "none" (exact, for comparison).
+        recipe: name of a registered recipe: "paper" (RotateKV as published) or "none" (exact, for
+            comparison).
         key_bits, value_bits: bits of a stored code, one of 2, 3, 4, 8.
         group_size: consecutive channels that share a scale. None takes 128, or the largest divisor of
             Hkv * head_dim up to 128; an explicit size must divide Hkv * head_dim.
-        key_clip, value_clip: share of a group's range that the codes span, in (0, 1]. None takes the recipe's.
+        key_clip, value_clip: share of a group's range that the codes span, in (0, 1]. None takes the
+            recipe's.
         head_group: KV heads rotated together, a power of two. None takes the recipe's.
         sinks: largest |values| of a block's input that name exact tokens, per sequence; 0 turns sinks off.
         window: recent tokens that a query reads exactly. None takes the recipe's.
-        slack: exact tokens kept beyond a window, so that cropping up to as many (assisted decoding) restores it.
+        slack: exact tokens kept beyond a window, so that cropping up to as many (assisted decoding) restores
+            it.
         seed: of the text a model writes for its own calibration.
         allow_partial: transform the layers that match although others were rejected.
         keep_originals: keep the folded weights' originals on the CPU, so that `restore` works.

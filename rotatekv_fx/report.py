@@ -61,7 +61,9 @@ class Report:
     def table(self) -> Table:
         """The report as a table; layers that look alike share a row."""
         recipe = f", recipe {self.config['recipe']}" if self.config else ""
-        table = Table(title=f"{self.model}: {len(self.sites)} matched, {len(self.rejections)} rejected{recipe}")
+        table = Table(
+            title=f"{self.model}: {len(self.sites)} matched, {len(self.rejections)} rejected{recipe}"
+        )
         for column in ("layers", "heads (q/kv) x channels", "RoPE", "positions", "attention", "rotation"):
             table.add_column(column, overflow="fold")
         for layers, site in _alike(self.sites):
@@ -75,7 +77,9 @@ class Report:
             )
         for rejection in self.rejections:
             at = f" (at {rejection.node})" if rejection.node else ""
-            table.add_row(str(rejection.layer_index), rejection.name, f"rejected: {rejection.reason}{at}", "", "", "")
+            table.add_row(
+                str(rejection.layer_index), rejection.name, f"rejected: {rejection.reason}{at}", "", "", ""
+            )
         return table
 
 
@@ -107,10 +111,14 @@ def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[str, SiteReport]]:
     """Runs of consecutive layers whose reports differ in name and number only."""
     rows: list[list[SiteReport]] = []
     for site in sites:
-        same = dataclasses.replace(rows[-1][0], name=site.name, layer_index=site.layer_index) if rows else None
+        same = (
+            dataclasses.replace(rows[-1][0], name=site.name, layer_index=site.layer_index) if rows else None
+        )
         if same == site:
             rows[-1].append(site)
         else:
             rows.append([site])
-    spans = [(f"{r[0].layer_index}-{r[-1].layer_index}" if len(r) > 1 else f"{r[0].layer_index}") for r in rows]
+    spans = [
+        (f"{r[0].layer_index}-{r[-1].layer_index}" if len(r) > 1 else f"{r[0].layer_index}") for r in rows
+    ]
     return list(zip(spans, (r[0] for r in rows), strict=True))

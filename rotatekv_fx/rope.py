@@ -54,14 +54,17 @@ class Rope(nn.Module):
             positional: the positional inputs of a few tokens.
 
         Returns:
-            c' of each channel c, int64 [D] (c itself where nothing is turned), and the largest relative error of the
-            description on a random vector and of RoPE's linearity; infinite where channels don't come in pairs.
+            c' of each channel c, int64 [D] (c itself where nothing is turned), and the largest relative error
+            of the description on a random vector and of RoPE's linearity; infinite where channels don't come
+            in pairs.
         """
         own = torch.arange(self.dim)
         if not self.turned:
             return own, 0.0
         device = positional[0].device
-        columns = torch.stack([self.vectors(e, positional)[0] for e in torch.eye(self.dim, device=device)], -1)
+        columns = torch.stack(
+            [self.vectors(e, positional)[0] for e in torch.eye(self.dim, device=device)], -1
+        )
         weight = columns.abs().amax(0).cpu()
         others = weight - torch.diag(weight.diagonal())
         partner = torch.where(others.amax(1) > 1e-4 * weight.amax(), others.argmax(1), own)
@@ -75,8 +78,12 @@ class Rope(nn.Module):
         error = torch.stack([(described - actual).norm(), (doubled - actual).norm()]).max() / actual.norm()
         return partner, float(error)
 
-    def coefficients(self, partner: Tensor, positional: tuple[Tensor, ...], tokens: int) -> tuple[Tensor, Tensor]:
-        """a and b of each token, float64 [B or 1, S, D]: RoPE of the pairs' first channels, and of their second."""
+    def coefficients(
+        self, partner: Tensor, positional: tuple[Tensor, ...], tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """a and b of each token, float64 [B or 1, S, D]: RoPE of the pairs' first channels, and of their
+        second.
+        """
         if not self.turned:
             ones = torch.ones(1, tokens, self.dim, dtype=torch.float64)
             return ones, torch.zeros_like(ones)
@@ -91,5 +98,9 @@ class Rope(nn.Module):
 def attributes(site: AttentionSite, graph: fx.Graph) -> dict[str, Any]:
     """What the `get_attr` nodes of a site's graph name, before the module is rewritten."""
     constants = {f"rotatekv.{name}": tensor for name, tensor in site.capture.constants.items()}
-    own = {**dict(site.capture.module.named_parameters()), **dict(site.capture.module.named_buffers()), **constants}
+    own = {
+        **dict(site.capture.module.named_parameters()),
+        **dict(site.capture.module.named_buffers()),
+        **constants,
+    }
     return {str(n.target): own[str(n.target)].detach() for n in graph.nodes if n.op == "get_attr"}

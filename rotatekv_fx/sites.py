@@ -5,8 +5,8 @@ The analysis follows tensors only (sizes would make everything depend on everyth
 * the cache write names the key after RoPE and the value;
 * hidden states are the one input that the value depends on;
 * positional inputs are the other inputs that the key depends on;
-* the pre-RoPE key is the last node that dominates the post-RoPE key, depends on no positional input and has the
-  key's 4-D shape. What lies between is RoPE, whatever its spelling, and can be replayed.
+* the pre-RoPE key is the last node that dominates the post-RoPE key, depends on no positional input and has
+  the key's 4-D shape. What lies between is RoPE, whatever its spelling, and can be replayed.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Projection:
     Attributes:
         node: the `aten.linear` node.
         weight, bias: names of its parameters on the attention module (`bias` may be None).
-        features: int64 [H, D]: the output feature (or, for the output projection, the input feature) that each
-            channel of each head is.
+        features: int64 [H, D]: the output feature (or, for the output projection, the input feature) that
+            each channel of each head is.
     """
 
     node: fx.Node
@@ -59,8 +59,8 @@ class AttentionSite:
 
     Heads and channels: `kv_heads` x `head_dim` for keys, `value_dim` for values, `query_heads` query heads.
     `key_pre` is [B, Hkv, S, D], or [B, S, Hkv, D] where `key_pre_transposed`.
-    `attention` is the attention node, or None when the module computes its attention inline; `mask` the attention
-    mask [B, 1, S, N] that it receives, bool or additive.
+    `attention` is the attention node, or None when the module computes its attention inline; `mask` the
+    attention mask [B, 1, S, N] that it receives, bool or additive.
     """
 
     capture: Capture
@@ -157,7 +157,8 @@ def _find_site(capture: Capture) -> AttentionSite:
         raise _Reject(f"cached keys have shape {list(capture.key_shape)}; expected 4 dimensions", key_post)
     if capture.key_shape[1] != capture.value_shape[1]:
         raise _Reject(
-            f"keys have {capture.key_shape[1]} heads and values {capture.value_shape[1]}; expected equal", value
+            f"keys have {capture.key_shape[1]} heads and values {capture.value_shape[1]}; expected equal",
+            value,
         )
 
     key_pre, transposed = _find_pre_rope_key(graph, capture, depends, hidden, key_post, positions)
@@ -292,7 +293,8 @@ def rope_region(site: AttentionSite) -> list[fx.Node]:
 
 
 def replay(graph: fx.Graph, region: list[fx.Node], env: dict[fx.Node, fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Copy `region` to the graph's insertion point, its inputs replaced by `env`; sizes come from the new inputs.
+    """Copy `region` to the graph's insertion point, its inputs replaced by `env`; sizes come from the new
+    inputs.
 
     Returns:
         `env` extended by the copies.
@@ -352,7 +354,9 @@ _TOKENS = (1, 1)  # batch and sequence of the index tensor that is sent through 
 
 
 def _layout_chain(target: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[list[fx.Node], fx.Node] | None:
-    """Layout operations from the first node that `stop` accepts up to `target`, and that node; None if others mix in."""
+    """Layout operations from the first node that `stop` accepts up to `target`, and that node; None if others
+    mix in.
+    """
     chain: list[fx.Node] = []
     node = target
     while not stop(node):
@@ -363,7 +367,9 @@ def _layout_chain(target: fx.Node, stop: Callable[[fx.Node], bool]) -> tuple[lis
     return chain[::-1], node
 
 
-def _send_indices(chain: list[fx.Node], source: fx.Node, indices: Tensor, constants: dict[str, Tensor]) -> Tensor | None:
+def _send_indices(
+    chain: list[fx.Node], source: fx.Node, indices: Tensor, constants: dict[str, Tensor]
+) -> Tensor | None:
     """Run layout operations on indices, with every dynamic size 1; tells which channel lands where."""
     env: dict[fx.Node, Any] = {source: indices}
 
@@ -431,7 +437,9 @@ def _input_projection(
 
 
 def _layout_ends(source: fx.Node, target: fx.Node) -> list[fx.Node]:
-    """Tensors that layout operations make of `source` and that something else reads, `target` and beyond left out."""
+    """Tensors that layout operations make of `source` and that something else reads, `target` and beyond left
+    out.
+    """
     ends, pending = [], [source]
     while pending:
         node = pending.pop()

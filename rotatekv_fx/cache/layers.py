@@ -1,17 +1,18 @@
 """Packed twins of transformers' cache layers: dynamic, sliding, static and static-sliding.
 
-A layer keeps old tokens as codes and, where the recipe has a recent window, the last `window + slack` tokens exactly:
+A layer keeps old tokens as codes and, where the recipe has a recent window, the last `window + slack` tokens
+exactly:
 
     new tokens -> recent (exact) -> history (codes)
 
-and, if it is the first layer to receive them, the positions that several layers share. Each kind has the length and
-mask semantics of the layer it replaces. What the attention reads is one token axis:
+and, if it is the first layer to receive them, the positions that several layers share. Each kind has the
+length and mask semantics of the layer it replaces. What the attention reads is one token axis:
 
-* one new token, or no window: history, then recent tokens. Recent tokens outside the window (slack) go through the
-  codes on the way.
-* several new tokens and a window: history, then recent and new tokens twice, through the codes and exact. The mask
-  lets query i see the exact form of token j where j > i - window, and the other form elsewhere, so that results do
-  not depend on how a prompt is cut into chunks.
+* one new token, or no window: history, then recent tokens. Recent tokens outside the window (slack) go
+  through the codes on the way.
+* several new tokens and a window: history, then recent and new tokens twice, through the codes and exact. The
+  mask lets query i see the exact form of token j where j > i - window, and the other form elsewhere, so that
+  results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -115,8 +116,10 @@ class PackedLayer:
     def _set_up(self, spec: LayerSpec, owner: PackedLayer | None) -> None:
         self.spec, self.owner, self.positions = spec, owner or self, None
         self.sinks: SinkStore | None = None
-        self.residual: Tensor | None = None  # the block's input, between its pre-forward hook and the attention
-        self.prompt_open = True  # until the first one-token step or crop, new tokens may become sinks
+        # the block's input, between its pre-forward hook and the attention
+        self.residual: Tensor | None = None
+        # until the first one-token step or crop, new tokens may become sinks
+        self.prompt_open = True
 
     def _store(self, codecs: tuple[Codec, ...], tokens: int) -> Store:
         """A store for that many tokens (or fewer, where a growing layer has no limit)."""
@@ -135,7 +138,9 @@ class PackedLayer:
         raise NotImplementedError
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
-        """Make the stores, all but the positions'. `key` and `value` [B, Hkv, S, D] show heads, dtype and device."""
+        """Make the stores, all but the positions'. `key` and `value` [B, Hkv, S, D] show heads, dtype and
+        device.
+        """
         self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
         spec, capacity = self.spec, self._capacity()
         recent = spec.recent if capacity is None else min(spec.recent, capacity)
@@ -146,7 +151,6 @@ class PackedLayer:
         self.recent.allocate(exact)
         self.is_initialized = True
 
-    # -- the step ---------------------------------------------------------------------------------------------------
     def step(
         self,
         key: Tensor,
@@ -202,7 +206,9 @@ class PackedLayer:
         return self.owner.positions.at(numbers) if self.owner.positions is not None else ()
 
     def _write(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> None:
-        """New tokens go to the recent ones, and those that leave them to the history; without a window, at once."""
+        """New tokens go to the recent ones, and those that leave them to the history; without a window, at
+        once.
+        """
         start = self._start()
         if not self.spec.window:
             self.history.push((form.to_codes(key, self._places(new)), value), start)
@@ -234,14 +240,18 @@ class PackedLayer:
         keys, values = self.history.read()
         return [_Axis(form.from_codes(keys, self._places(numbers)), values, numbers)]
 
-    def _through_codes(self, keys: Tensor, values: Tensor, numbers: Tensor, form: KeyForm) -> tuple[Tensor, Tensor]:
+    def _through_codes(
+        self, keys: Tensor, values: Tensor, numbers: Tensor, form: KeyForm
+    ) -> tuple[Tensor, Tensor]:
         """Exact tokens as they are read once they are quantized."""
         places = self._places(numbers)
         coded = self.spec.key.decode(self.spec.key.encode(form.to_codes(keys, places)))
         return form.from_codes(coded, places), self.spec.value.decode(self.spec.value.encode(values))
 
     def _read_before(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """Several new tokens: history, then recent and new ones through the codes, and exact where there is a window."""
+        """Several new tokens: history, then recent and new ones through the codes, and exact where there is a
+        window.
+        """
         keys, values, numbers = self._recent_and(key, value, new)
         coded = self._through_codes(keys, values, numbers, form)
         if not self.spec.window:
@@ -253,7 +263,9 @@ class PackedLayer:
         ]
 
     def _read_after(self, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """One new token, or no window: history, then recent tokens, those outside the window through the codes."""
+        """One new token, or no window: history, then recent tokens, those outside the window through the
+        codes.
+        """
         if not self.spec.window:
             return self._read_history(form)
         numbers = self.recent.columns(self.device)
@@ -282,7 +294,9 @@ class PackedLayer:
         two_forms = any(a.form != "any" for a in axes)
         in_order = not two_forms and keys.shape[2] == columns and self._in_order()
         if self.sinks is not None:
-            coded = torch.cat([torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes])
+            coded = torch.cat(
+                [torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes]
+            )
             keys, values = self.sinks.restore(keys, values, offset if in_order else coded)
         if not in_order:
             mask = columns_of_mask(mask, new, numbers, offset)
@@ -301,11 +315,10 @@ class PackedLayer:
             StateError: always.
         """
         raise StateError(
-            "an attention module that was not transformed wrote to a packed cache layer; use the cache with the "
-            "model that filled it, or a new cache."
+            "an attention module that was not transformed wrote to a packed cache layer; use the cache with "
+            "the model that filled it, or a new cache."
         )
 
-    # -- whole-cache operations -------------------------------------------------------------------------------------
     def _own_stores(self) -> list[Store]:
         """Stores that an operation on this layer changes: shared positions belong to their owner."""
         if not self.is_initialized:
@@ -387,7 +400,9 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last -`tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17)."""
+        """Remove the last -`tokens_to_remove` tokens; a positive number is the length to keep (transformers
+        5.17).
+        """
         self.prompt_open = False
         remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.length - tokens_to_remove)
         remove = min(remove, self.length)
@@ -501,8 +516,8 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
     def _check_fits(self, count: int) -> None:
         if count > self.max_cache_len:
             raise StateError(
-                f"{count} new tokens do not fit a static cache of {self.max_cache_len}; allocate a longer one "
-                "(max_cache_len), or prefill a shorter prompt."
+                f"{count} new tokens do not fit a static cache of {self.max_cache_len}; allocate a longer "
+                "one (max_cache_len), or prefill a shorter prompt."
             )
 
     def _in_order(self) -> bool:

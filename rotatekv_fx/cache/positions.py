@@ -1,8 +1,8 @@
 """Positions of cached tokens: what must be stored so that RoPE can be applied to a key when it is read.
 
-Where the rows (cos and sin, say) are a function of a position id, the int32 id is stored and the model's own rotary
-embedding is asked again. Otherwise (dynamic scaling) the rows themselves are, at half width where both halves are
-equal. One store serves all layers that received the same tensors.
+Where the rows (cos and sin, say) are a function of a position id, the int32 id is stored and the model's own
+rotary embedding is asked again. Otherwise (dynamic scaling) the rows themselves are, at half width where both
+halves are equal. One store serves all layers that received the same tensors.
 """
 
 from __future__ import annotations
@@ -74,12 +74,21 @@ class PositionPlan:
         """What is stored, for the report."""
         if not self.stored:
             return "none"
-        return "ids" if all(s.rotary is not None or not s.dtype.is_floating_point for s in self.stored) else "rows"
+        return (
+            "ids"
+            if all(s.rotary is not None or not s.dtype.is_floating_point for s in self.stored)
+            else "rows"
+        )
 
     def encode(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Inputs [B or 1, S, ...] -> stored [B or 1, 1, S, width]."""
         repeats = {s.source: s.repeat for s in self.stored}
-        return tuple(_shorten(t, repeats[i]).flatten(2).unsqueeze(1) if t.dim() > 2 else _shorten(t, "full")[:, None, :, None] for i, t in enumerate(tensors))
+        return tuple(
+            _shorten(t, repeats[i]).flatten(2).unsqueeze(1)
+            if t.dim() > 2
+            else _shorten(t, "full")[:, None, :, None]
+            for i, t in enumerate(tensors)
+        )
 
     def decode(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Stored [B or 1, 1, N, width] -> the positional inputs of all N tokens."""
@@ -92,7 +101,9 @@ class PositionPlan:
             elif one.repeat == "full":
                 result.append(part.to(one.dtype))
             else:
-                result.append(part.repeat_interleave(2, -1) if one.repeat == "pairs" else torch.cat([part, part], -1))
+                result.append(
+                    part.repeat_interleave(2, -1) if one.repeat == "pairs" else torch.cat([part, part], -1)
+                )
         return tuple(result)
 
 
@@ -123,7 +134,9 @@ def plan_positions(site: AttentionSite, shared: dict[int, int]) -> PositionPlan:
             rotary.leaves[rotary.ids_at] = None
         example = source.example
         if example.dim() < 2 or example.shape[1] != site.hidden_example.shape[1]:
-            raise MatchError(f"positional input {source.name} has shape {list(example.shape)}; expected [B, S, ...]")
+            raise MatchError(
+                f"positional input {source.name} has shape {list(example.shape)}; expected [B, S, ...]"
+            )
         inputs.setdefault(source.name, source)
         index = list(inputs).index(source.name)
         repeat = "full" if rotary is not None else _repetition(positional.example)
@@ -155,7 +168,9 @@ def _function_of_ids(site: AttentionSite, positional: CapturedInput) -> _Rotary 
     if len(places) != 1:
         return None
     ids = leaves[places[0]]
-    floats = [leaf.dtype if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    floats = [
+        leaf.dtype if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves
+    ]
     rotary = _Rotary(positional.producer, floats, spec, places[0])
     try:
         with torch.no_grad():
@@ -166,5 +181,7 @@ def _function_of_ids(site: AttentionSite, positional: CapturedInput) -> _Rotary 
             after = rotary.rows_of(probe, ids)
     except Exception:  # a module that cannot be asked again is simply not a function of ids
         return None
-    same = all(torch.equal(positional.example, rows.to(positional.example.dtype)) for rows in (alone, beside, after))
+    same = all(
+        torch.equal(positional.example, rows.to(positional.example.dtype)) for rows in (alone, beside, after)
+    )
     return rotary if same else None

@@ -34,10 +34,12 @@ class AttentionRuntime(nn.Module):
         buffers: dict[str, Tensor],
         rope: Rope | None,
     ):
-        """`rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix, key_inverse
-        and key_center of `buffers`."""
+        """`rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix,
+        key_inverse and, where a mean is removed first, key_center of `buffers`.
+        """
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
+        self.centers = "key_center" in buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.residual: Tensor | None = None
@@ -75,13 +77,15 @@ class AttentionRuntime(nn.Module):
         """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""
         if self.rope is None:
             return key
-        return ops.rotate(key - self._mean(key, positions), self.key_matrix, None, False)
+        centered = key - self._mean(key, positions) if self.centers else key
+        return ops.rotate(centered, self.key_matrix, None, False)
 
     def from_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """The inverse of `to_codes`."""
         if self.rope is None:
             return key
-        return ops.rotate(key, self.key_inverse, None, True) + self._mean(key, positions)
+        turned = ops.rotate(key, self.key_inverse, None, True)
+        return turned + self._mean(key, positions) if self.centers else turned
 
     def _mean(self, key: Tensor, positions: Parts) -> Tensor:
         """RoPE of the calibrated mean at each token's position, [B or 1, Hkv, N, D]."""
@@ -90,7 +94,7 @@ class AttentionRuntime(nn.Module):
         return self.rope(mean, *self.positions.decode(positions)).to(key.dtype)
 
     def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the enclosing block: keep its input [B, S, C] until the attention asks for it."""
+        """Forward pre-hook of the enclosing block: keep its input [B, S, C] for the attention."""
         leaves = (*args, *kwargs.values())
         hidden = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
         if hidden.shape[1] > 1:
@@ -116,7 +120,9 @@ class AttentionRuntime(nn.Module):
         visible = visible[None, None]
         if dtype is torch.bool:
             return visible
-        return torch.zeros((), dtype=dtype, device=hidden.device).masked_fill(~visible, torch.finfo(dtype).min)
+        return torch.zeros((), dtype=dtype, device=hidden.device).masked_fill(
+            ~visible, torch.finfo(dtype).min
+        )
 
     def layer(self, cache: Cache | None) -> PackedLayer:
         """The packed layer of this module in `cache`, put in the place of an empty transformers layer.
@@ -134,12 +140,13 @@ class AttentionRuntime(nn.Module):
             return layer
         if type(layer) not in TWINS:
             raise StateError(
-                f"cache layer {self.layer_index} is a {type(layer).__name__}, which has no packed twin; use a "
-                "DynamicCache or a StaticCache."
+                f"cache layer {self.layer_index} is a {type(layer).__name__}, which has no packed twin; use "
+                "a DynamicCache or a StaticCache."
             )
         if layer.is_initialized:
             raise StateError(
-                f"cache layer {self.layer_index} already holds 16-bit keys of an untransformed model; pass a new cache."
+                f"cache layer {self.layer_index} already holds 16-bit keys of an untransformed model; "
+                "pass a new cache."
             )
         limit = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)
         key = (type(layer), limit, self.positions.key)

@@ -1,7 +1,8 @@
 """Attention sinks: a few tokens of the prompt whose keys and values stay exact.
 
-Chosen by the largest |values| of the block's input over the whole prompt (METHOD: RotateKV, section on massive
-activations); a chunked prefill keeps a running choice, and a token that drops out of it is read from its codes.
+Chosen by the largest |values| of the block's input over the whole prompt (METHOD: RotateKV, section on
+massive activations); a chunked prefill keeps a running choice, and a token that drops out of it is read from
+its codes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class SinkStore:
         """All tensors held, batch at axis 0."""
         return self.scores, self.tokens, self.keys, self.values
 
-    def choose(self, residual: Tensor, valid: Tensor | None, key: Tensor, value: Tensor, start: Tensor | int) -> None:
+    def choose(
+        self, residual: Tensor, valid: Tensor | None, key: Tensor, value: Tensor, start: Tensor | int
+    ) -> None:
         """Let new tokens of the prompt compete with the chosen ones.
 
         Args:

@@ -1,7 +1,7 @@
 """Where tokens are kept: a store that grows, and a ring of fixed buffers.
 
-Both hold several fields (keys and values; or positions), each with its codec, and know the number in the sequence
-of the token in each of their columns.
+Both hold several fields (keys and values; or positions), each with its codec, and know the number in the
+sequence of the token in each of their columns.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class GrowingStore:
 class RingStore:
     """Fixed buffers of `size` tokens, written in place: token n is in column n % size.
 
-    `count` [] is how many tokens the sequence has, those of negative number left out; it says which columns are filled.
+    `count` [] is how many tokens the sequence has, those of negative number left out; it says which columns
+    are filled.
     """
 
     def __init__(self, codecs: tuple[Codec, ...], size: int):
@@ -180,8 +181,8 @@ def _concatenate(old: Parts, new: Parts) -> Parts:
 class PositionStore:
     """Positions of a sequence's tokens, held once for the layers that share them.
 
-    Where a sliding window drops tokens (`sliding`), rows of a step with several tokens stay `pending` until the next
-    step, so that every layer of the step still finds the tokens that are about to be dropped.
+    Where a sliding window drops tokens (`sliding`), rows of a step with several tokens stay `pending` until
+    the next step, so that every layer of the step still finds the tokens that are about to be dropped.
     """
 
     def __init__(self, store: GrowingStore | RingStore, sliding: bool):

@@ -42,7 +42,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
             f"{name} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} among them; "
             "give a complete checkpoint of a decoder."
         )
-    return model.eval().to(target)
+    model.eval().to(target)
+    if not _is_causal(model):
+        raise InputError(f"{name} is an encoder: its tokens see later ones. Give a decoder.")
+    return model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -85,6 +88,14 @@ def _location(name: str) -> str:
     if not hub_id or Path(parts[0]).is_dir():
         raise InputError(f"There is no folder {name!r}; give the folder of a model, or a hub id.")
     return name
+
+
+@torch.inference_mode()
+def _is_causal(model: PreTrainedModel) -> bool:
+    """Whether a token leaves earlier logits alone; some encoders load as causal language models."""
+    ids = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 2]], device=model.device)
+    first, second = model(input_ids=ids).logits[:, :-1].float()
+    return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
 
 
 def _device(name: str) -> torch.device:

@@ -58,7 +58,9 @@ class Rewrite:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """A named rewrite: `function(rewrite)` returns what it counted; it must run after the passes named in `after`."""
+    """A named rewrite: `function(rewrite)` returns what it counted; it must run after the passes named in
+    `after`.
+    """
 
     name: str
     after: tuple[str, ...]

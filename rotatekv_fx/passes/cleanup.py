@@ -1,4 +1,6 @@
-"""cleanup: drop what nothing reads any more (the captured RoPE of keys stored before RoPE, say), and check the graph."""
+"""cleanup: drop what nothing reads any more (the captured RoPE of keys stored before RoPE, say), and check
+the graph.
+"""
 
 from __future__ import annotations
 

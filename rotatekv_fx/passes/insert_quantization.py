@@ -1,7 +1,7 @@
 """insert_quantization: what the attention reads has been through the codes.
 
-    before:  key ~> key_coded                           (values alike)
-    after:   key -> quantize -> dequantize -> key_coded
+before:  key ~> key_coded                           (values alike)
+after:   key -> quantize -> dequantize -> key_coded
 """
 
 from __future__ import annotations

@@ -8,10 +8,12 @@
              v_proj' -> value ~> value_read --------------------^
 
     after, keys stored after RoPE, less the calibrated mean:
-             k_proj -> key_pre -> rope -> sub(rope(mean)) -> rotate -> key ~> rotate^-1 -> add(rope(mean)) -> key_read
+             k_proj -> key_pre -> rope -> sub(rope(mean)) -> rotate -> key ~> rotate^-1 -> add(rope(mean)) ->
+             key_read
 
-`~>` is where the quantizer goes. A prime marks a projection that the rotation was merged into (float64, rounded
-once); where more than layout operations stand between projection and tensor, a `rotate` node takes its place.
+`~>` is where the quantizer goes. A prime marks a projection that the rotation was merged into (float64,
+rounded once); where more than layout operations stand between projection and tensor, a `rotate` node takes
+its place.
 """
 
 from __future__ import annotations
@@ -58,7 +60,11 @@ def _rotate_keys(rewrite: Rewrite, counts: dict[str, int]) -> None:
         read = read if mean is None else graph.call_function(aten.add.Tensor, (read, mean))
         rewrite.key_read = rewrite.key_attended = graph.call_function(aten.alias.default, (read,))
         return
-    key = graph.call_function(aten.transpose.int, (site.key_pre, 1, 2)) if site.key_pre_transposed else site.key_pre
+    key = (
+        graph.call_function(aten.transpose.int, (site.key_pre, 1, 2))
+        if site.key_pre_transposed
+        else site.key_pre
+    )
     key = _transformed(rewrite, key, plan.key, site.key_projection, "key", counts)
     rewrite.exact_key = rewrite.key = key
     rewrite.key_coded = graph.call_function(aten.alias.default, (key,))
@@ -69,7 +75,9 @@ def _rotate_keys(rewrite: Rewrite, counts: dict[str, int]) -> None:
     positions = {n.name: n for n in graph.find_nodes(op="placeholder")}
     env: dict[fx.Node, fx.Node] = {site.key_pre: read}
     for source in site.positional:
-        rewrite.positions_read[source.name] = graph.call_function(aten.alias.default, (positions[source.name],))
+        rewrite.positions_read[source.name] = graph.call_function(
+            aten.alias.default, (positions[source.name],)
+        )
         env[positions[source.name]] = rewrite.positions_read[source.name]
     rewrite.key_attended = replay(graph, rope_region(site), env)[site.key_post]
 
@@ -94,7 +102,9 @@ def _rotate_values(rewrite: Rewrite, counts: dict[str, int]) -> None:
         rewrite, site.value, rewrite.plan.value, site.value_projection, "value", counts
     )
     rewrite.value_coded = graph.call_function(aten.alias.default, (rewrite.value,))
-    rewrite.value_read = rewrite.value_attended = graph.call_function(aten.alias.default, (rewrite.value_coded,))
+    rewrite.value_read = rewrite.value_attended = graph.call_function(
+        aten.alias.default, (rewrite.value_coded,)
+    )
     if site.attention is None:
         rewrite.value_attended = _inverse(rewrite, rewrite.value_read, rewrite.plan.value, "value")
 
@@ -152,14 +162,18 @@ def _transformed(
         return node
     counts["online"] += 1
     matrix = _buffer(rewrite, f"{name}_matrix", transform.matrix)
-    return rewrite.graph.call_function(ops.rotate.default, (node, matrix, _order(rewrite, transform, name), False))
+    return rewrite.graph.call_function(
+        ops.rotate.default, (node, matrix, _order(rewrite, transform, name), False)
+    )
 
 
 def _inverse(rewrite: Rewrite, node: fx.Node, transform: ChannelTransform | None, name: str) -> fx.Node:
     if transform is None:
         return node
     matrix = _buffer(rewrite, f"{name}_inverse", transform.inverse)
-    return rewrite.graph.call_function(ops.rotate.default, (node, matrix, _order(rewrite, transform, name), True))
+    return rewrite.graph.call_function(
+        ops.rotate.default, (node, matrix, _order(rewrite, transform, name), True)
+    )
 
 
 def _order(rewrite: Rewrite, transform: ChannelTransform, name: str) -> fx.Node | None:
@@ -174,7 +188,9 @@ def _buffer(rewrite: Rewrite, name: str, tensor: Tensor) -> fx.Node:
 def _parameter(rewrite: Rewrite, name: str) -> Tensor:
     """The parameter in float64, with what earlier folds made of it."""
     if name not in rewrite.folded:
-        rewrite.folded[name] = rewrite.site.capture.module.get_parameter(name).detach().to("cpu", torch.float64)
+        rewrite.folded[name] = (
+            rewrite.site.capture.module.get_parameter(name).detach().to("cpu", torch.float64)
+        )
         rewrite.folded[name] = rewrite.folded[name].clone()
     return rewrite.folded[name]
 
@@ -193,4 +209,6 @@ def _fold_output(rewrite: Rewrite, projection: Projection, inverse: Tensor) -> N
     """W a with a = a' @ inverse per query head: each head's columns of W become columns @ inverse^T."""
     weight = _parameter(rewrite, projection.weight)
     per_head = weight[:, projection.features]  # [out, Hq, Dv]
-    weight[:, projection.features] = torch.einsum("ohd,hed->ohe", per_head, inverse.expand(per_head.shape[1], -1, -1))
+    weight[:, projection.features] = torch.einsum(
+        "ohd,hed->ohe", per_head, inverse.expand(per_head.shape[1], -1, -1)
+    )

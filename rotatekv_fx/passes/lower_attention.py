@@ -1,15 +1,16 @@
 """lower_attention: the stored form goes to the packed cache, and the attention reads what the cache holds.
 
-    before:  exact_key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(query, ., ., mask)
-             value ------------------ alike ---------------> value_read ----------------^
+    before:  exact_key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(., ., ., mask)
+             value --------------------- alike -----------------> value_read --------------^
 
     after:   runtime.update(cache, exact_key, value, positions, residual, mask)
                  -> key_read -> ... -> attend(query, ., ., mask_read)
                  -> value_read -------------------^
                  -> positions_read, mask_read
 
-`runtime.update` appends the new tokens to the layer's packed cache, with the same transforms and ops on the way in
-and out, and returns every token that the attention sees. A module that computes its attention inline keeps doing so.
+`runtime.update` appends the new tokens to the layer's packed cache, with the same transforms and ops on the
+way in and out, and returns every token that the attention sees. A module that computes its attention inline
+keeps doing so.
 """
 
 from __future__ import annotations
@@ -43,7 +44,15 @@ def lower_attention(rewrite: Rewrite) -> dict[str, int]:
     # the new tokens' values may be computed after the first read of the keys
     _move_before(graph, [rewrite.exact_key, rewrite.value], first_read)
     with graph.inserting_before(first_read):
-        arguments = (runtime, cache, rewrite.exact_key, rewrite.value, positions, rewrite.residual, rewrite.mask)
+        arguments = (
+            runtime,
+            cache,
+            rewrite.exact_key,
+            rewrite.value,
+            positions,
+            rewrite.residual,
+            rewrite.mask,
+        )
         update = graph.call_method("update", arguments)
         mask_read, *results = [graph.call_function(getitem, (update, i)) for i in range(len(reads) + 1)]
     for read, result in zip(reads, results, strict=True):

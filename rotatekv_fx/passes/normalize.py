@@ -23,8 +23,12 @@ from rotatekv_fx.capture import AttentionArguments, Capture
 from rotatekv_fx.sites import ATTENTION, KV_UPDATE
 
 aten = torch.ops.aten
-_NO_EFFECT = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default})
-_IDENTITY = frozenset({aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default})
+_NO_EFFECT = frozenset(
+    {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range.default}
+)
+_IDENTITY = frozenset(
+    {aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default}
+)
 
 
 def normalize(capture: Capture) -> dict[str, int]:
@@ -55,7 +59,9 @@ def _remove_without_effect(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.target in _NO_EFFECT and not node.users:
             graph.erase_node(node)
-        elif node.target in _IDENTITY or (node.target is aten.dropout.default and not (node.args[1] and node.args[2])):
+        elif node.target in _IDENTITY or (
+            node.target is aten.dropout.default and not (node.args[1] and node.args[2])
+        ):
             _replace(node, node.args[0])
         else:
             continue
@@ -146,7 +152,9 @@ def _hidden_states(graph: fx.Graph) -> fx.Node | None:
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.is_floating_point():
             return node
-        inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list)]
+        inputs = [
+            n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor | tuple | list)
+        ]
         pending += [n for n in inputs if n not in seen]
         seen |= set(inputs)
     return None

@@ -28,7 +28,9 @@ LOWER = (
 
 
 def run_passes(
-    rewrite: Rewrite, passes: tuple[Pass, ...] = INSERT + LOWER, dump: Callable[[str, fx.Graph], None] | None = None
+    rewrite: Rewrite,
+    passes: tuple[Pass, ...] = INSERT + LOWER,
+    dump: Callable[[str, fx.Graph], None] | None = None,
 ) -> dict[str, dict[str, int]]:
     """Run passes over one site.
 

@@ -3,7 +3,8 @@
     before:  key -> quantize -> dequantize -> ... -> key_read
 
     after:   residual -> select_sinks -> tokens
-             key -> quantize -> dequantize -> ... -> restore_sinks(., take_tokens(exact_key, tokens), tokens) -> key_read
+             key -> quantize -> dequantize -> ... -> restore_sinks(., take_tokens(exact_key, tokens), tokens)
+             -> key_read
 
 Values alike, with the same tokens. Padding, which its own query does not see, is never chosen.
 """

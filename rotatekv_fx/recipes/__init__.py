@@ -1,7 +1,16 @@
-"""Recipes: calibration statistics -> transforms of K and V. A new recipe is one file that registers itself."""
+"""Recipes: calibration statistics -> transforms of K and V. A new recipe is one file."""
 
-from rotatekv_fx.recipes import centered, none, paper
-from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer, Recipe, get, names, register
+from rotatekv_fx.recipes import centered, none, paper, quarot, rtn
+from rotatekv_fx.recipes.base import (
+    ChannelTransform,
+    LayerPlan,
+    LayerShape,
+    Quantizer,
+    Recipe,
+    get,
+    names,
+    register,
+)
 
 __all__ = [
     "ChannelTransform",
@@ -14,5 +23,7 @@ __all__ = [
     "names",
     "none",
     "paper",
+    "quarot",
     "register",
+    "rtn",
 ]

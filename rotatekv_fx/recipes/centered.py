@@ -1,7 +1,8 @@
 """Recipe `centered`: keys are stored after RoPE, with their calibrated mean removed before it.
 
-Most of a key's outlier energy is a constant per-channel mean before RoPE. Without it, what is left can be rotated
-after RoPE, where the inverse folds into the query; the mean's share of a score depends on the position alone.
+Most of a key's outlier energy is a constant per-channel mean before RoPE. Without it, what is left can be
+rotated after RoPE, where the inverse folds into the query; the mean's share of a score depends on the
+position alone.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class CenteredRecipe:
     ) -> LayerPlan:
         """Transforms and quantizers of one layer.
 
-        Keys: y = T^T R_n (k - mu) over G heads, T = blockdiag(A_h) (H_G kron I). A_h minimises the expected error of
+        Keys: y = T^T R_n (k - mu) over G heads, T = blockdiag(A_h) (H_G kron I). A_h minimises the expected
+            error of
         scores under equal noise per channel: S_q^(1/2) U L^(-1/4) H, with S_q^(1/2) S_k S_q^(1/2) = U L U^T.
         Values: the same with W = sum Wo^T Wo in the place of S_q.
 
@@ -60,7 +62,9 @@ class CenteredRecipe:
             ]
         )
         value_mean = statistics.value_sum / statistics.kept
-        value_covariance = statistics.value_second / statistics.kept - value_mean[:, :, None] * value_mean[:, None]
+        value_covariance = (
+            statistics.value_second / statistics.kept - value_mean[:, :, None] * value_mean[:, None]
+        )
         pairs = zip(value_covariance, statistics.value_weight, strict=True)
         value = torch.stack([whitening(covariance, weight) for covariance, weight in pairs])
         return LayerPlan(
@@ -82,8 +86,8 @@ class CenteredRecipe:
 def kept_mean(statistics: LayerStatistics) -> Tensor:
     """The mean [Hkv, D] restricted to the channel pairs that the position term carries.
 
-    The fewest pairs that hold 99% of sum |mu|^2 E|q|^2, the largest over heads, and at most 32 channels; the rest of
-    the mean stays in the codes.
+    The fewest pairs that hold 99% of sum |mu|^2 E|q|^2, the largest over heads, and at most 32 channels; the
+    rest of the mean stays in the codes.
     """
     partner = statistics.partner
     query = (statistics.query_second / statistics.kept).diagonal(dim1=-2, dim2=-1)
@@ -107,8 +111,8 @@ def kept_mean(statistics: LayerStatistics) -> Tensor:
 def centered_second(statistics: LayerStatistics, mean: Tensor) -> Tensor:
     """Second moment [Hkv, D, D] of R_n (k - mean), from sums that do not depend on the mean.
 
-    With R_n mean = a mean + b mean[partner]: E[(Rk)(R mean)^T] and E[(R mean)(R mean)^T] follow from the sums of
-    (Rk) a^T, (Rk) b^T, a a^T, a b^T and b b^T.
+    With R_n mean = a mean + b mean[partner]: E[(Rk)(R mean)^T] and E[(R mean)(R mean)^T] follow from the sums
+    of (Rk) a^T, (Rk) b^T, a a^T, a b^T and b b^T.
     """
     swapped = mean[:, statistics.partner]
     cross = statistics.key_a * mean[:, None, :] + statistics.key_b * swapped[:, None, :]
@@ -123,10 +127,12 @@ def centered_second(statistics: LayerStatistics, mean: Tensor) -> Tensor:
 
 
 def whitening(covariance: Tensor, weight: Tensor) -> Tensor:
-    """A = W^(1/2) U L^(-1/4) H with W^(1/2) C W^(1/2) = U L U^T: x @ A spreads C's energy evenly over channels.
+    """A = W^(1/2) U L^(-1/4) H with W^(1/2) C W^(1/2) = U L U^T: x @ A spreads C's energy evenly over
+    channels.
 
     Args:
-        covariance: [D, D] of what is stored; weight: [D, D] of what it is multiplied with. Zeros give H alone.
+        covariance: [D, D] of what is stored; weight: [D, D] of what it is multiplied with. Zeros give H
+            alone.
     """
     rotation = hadamard(covariance.shape[0])
     if not bool(weight.any()) or not bool(covariance.any()):
@@ -161,7 +167,9 @@ def _head_group(requested: int | None, shape: LayerShape) -> int:
         fitting = (g for g in (16, 8, 4, 2) if g * repeats <= TILE_ROWS and shape.kv_heads % g == 0)
         return next(fitting, 1)
     if shape.kv_heads % requested:
-        raise ConfigError(f"head_group {requested} does not divide the {shape.kv_heads} KV heads; use a divisor.")
+        raise ConfigError(
+            f"head_group {requested} does not divide the {shape.kv_heads} KV heads; use a divisor."
+        )
     return requested
 
 

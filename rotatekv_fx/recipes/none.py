@@ -1,4 +1,4 @@
-"""Recipe `none`: the identity codec. Keys after RoPE and values are stored exactly, in the model's own dtype."""
+"""Recipe `none`: the identity codec. Keys after RoPE and values are stored as they are."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class PaperRecipe:
     ) -> LayerPlan:
         """Transforms and quantizers of one layer.
 
-        Keys: H over `head_group` neighbouring heads, then an ascending sort of the rotated channels' calibrated
-        sums, so that channels of like offset share a zero point. Values: H per head.
+        Keys: H over `head_group` neighbouring heads, then an ascending sort of the rotated channels'
+        calibrated sums, so that channels of like offset share a zero point. Values: H per head.
 
         Raises:
             ConfigError: head_group does not divide the KV heads, or group_size not the channels.
