@@ -58,7 +58,7 @@ def transform(
 
     Args:
         model: a decoder-only model of transformers, in eval mode; returned as the same object.
-        config: settings; the default is the recipe "paper" at 2 bits.
+        config: settings; the default is the recipe "centered" at 2 bits.
         calibration: statistics of this model. Without them, a recipe that needs some lets the model write its
             own calibration text first, which is logged.
 
@@ -237,9 +237,14 @@ def _check_matched(model: nn.Module, matched: _Matched, config: RotateKVConfig) 
 def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration | None) -> _Matched:
     """Reject sites that the recipe cannot serve."""
     sites, rejections = [], list(matched.rejections)
+    recipe = recipes.get(config.recipe)
     for site in matched.sites:
         error = float(calibration.layers[site.layer_index].rope_error) if calibration is not None else 0.0
-        if recipes.get(config.recipe).needs_linear_rope and error > LINEAR:
+        other = site.inline_input()
+        if other is not None and recipes.window_of(recipe, config):
+            reason = f"its inline attention reads {other.name}, which has no columns for a recent window; use window=0"
+            rejections.append(Rejection(site.name, site.layer_index, reason, other.name))
+        elif recipe.needs_linear_rope and error > LINEAR:
             reason = (
                 f"RoPE is not the last linear step on the key (relative error {error:.1g}), which recipe "
                 f"{config.recipe!r} needs; use recipe='paper'"
@@ -267,7 +272,7 @@ def _rewrite(
     """Run the passes over one site and collect everything that binding it needs."""
     statistics = calibration.layers.get(site.layer_index) if calibration is not None else None
     shape = LayerShape(site.layer_index, site.kv_heads, site.query_heads, site.head_dim, site.value_dim)
-    plan = recipes.get(config.recipe).plan(shape, config, statistics)
+    plan = recipes.get(config.recipe).plan(shape, config.for_layer(site.layer_index), statistics)
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
     transforms_after_rope = not plan.before_rope and plan.key is not None

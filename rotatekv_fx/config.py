@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from rotatekv_fx.errors import ConfigError
@@ -14,6 +15,7 @@ MAX_GROUP_SIZE = 128
 
 # Settings that change what is reported or kept, never a number that the model computes.
 _NOT_NUMERIC = frozenset({"allow_partial", "keep_originals", "dump_dir"})
+LAYER_SETTINGS = frozenset({"key_bits", "value_bits", "group_size", "key_clip", "value_clip"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,18 +23,20 @@ class RotateKVConfig:
     """How the KV cache is transformed and stored.
 
     Args:
-        recipe: name of a registered recipe: "paper" (RotateKV as published) or "none" (exact, for
-            comparison).
+        recipe: name of a registered recipe: "centered" (ours), "paper" (RotateKV as published), "none" (exact,
+            for comparison), or a baseline, "rtn" or "quarot".
         key_bits, value_bits: bits of a stored code, one of 2, 3, 4, 8.
         group_size: consecutive channels that share a scale. None takes 128, or the largest divisor of
             Hkv * head_dim up to 128; an explicit size must divide Hkv * head_dim.
         key_clip, value_clip: share of a group's range that the codes span, in (0, 1]. None takes the
             recipe's.
         head_group: KV heads rotated together, a power of two. None takes the recipe's.
+        mean_channels: channels of each head whose mean a position term carries, at most (recipe "centered").
         sinks: largest |values| of a block's input that name exact tokens, per sequence; 0 turns sinks off.
         window: recent tokens that a query reads exactly. None takes the recipe's.
         slack: exact tokens kept beyond a window, so that cropping up to as many (assisted decoding) restores
             it.
+        layers: settings of single layers, {layer index: {name: value}}, of the names in LAYER_SETTINGS.
         seed: of the text a model writes for its own calibration.
         allow_partial: transform the layers that match although others were rejected.
         keep_originals: keep the folded weights' originals on the CPU, so that `restore` works.
@@ -42,16 +46,18 @@ class RotateKVConfig:
         ConfigError: a value is out of range; the message names it.
     """
 
-    recipe: str = "paper"
+    recipe: str = "centered"
     key_bits: int = 2
     value_bits: int = 2
     group_size: int | None = None
     key_clip: float | None = None
     value_clip: float | None = None
     head_group: int | None = None
+    mean_channels: int = 64
     sinks: int = 20
     window: int | None = None
     slack: int = 32
+    layers: Mapping[int, Mapping[str, int | float]] = dataclasses.field(default_factory=dict)
     seed: int = 0
     allow_partial: bool = False
     keep_originals: bool = True
@@ -65,12 +71,31 @@ class RotateKVConfig:
             clip = getattr(self, name)
             if clip is not None and not 0.0 < clip <= 1.0:
                 raise ConfigError(f"{name} is {clip!r}; use a number above 0 and at most 1, or None.")
-        for name, least in (("group_size", 1), ("head_group", 1), ("window", 0), ("slack", 0), ("sinks", 0)):
+        least = {"group_size": 1, "head_group": 1, "mean_channels": 0, "sinks": 0, "window": 0, "slack": 0}
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ConfigError(f"{name} is {value!r}; use a whole number of at least {least}.")
+            if value is not None and (not isinstance(value, int) or value < bound):
+                raise ConfigError(f"{name} is {value!r}; use a whole number of at least {bound}.")
+        for layer, settings in self.layers.items():
+            unknown = set(settings) - LAYER_SETTINGS
+            if not isinstance(layer, int) or layer < 0 or unknown:
+                raise ConfigError(
+                    f"layers[{layer!r}] is {dict(settings)!r}; use layer numbers from 0 and names of "
+                    f"{sorted(LAYER_SETTINGS)}."
+                )
+            self.for_layer(layer)
         if self.head_group is not None and self.head_group & (self.head_group - 1):
             raise ConfigError(f"head_group is {self.head_group}; use a power of two.")
+
+    def for_layer(self, index: int) -> RotateKVConfig:
+        """The settings of one layer: these, with its own in `layers` put in.
+
+        Raises:
+            ConfigError: one of its own is out of range.
+        """
+        if not self.layers:
+            return self
+        return dataclasses.replace(self, layers={}, **self.layers.get(index, {}))
 
     def fingerprint(self) -> str:
         """Hash of every setting that changes a number the model computes."""

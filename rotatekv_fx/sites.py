@@ -103,6 +103,15 @@ class AttentionSite:
         """Where the module was captured."""
         return self.hidden_example.device
 
+    def inline_input(self) -> fx.Node | None:
+        """An input besides the mask that inline attention reads after the cache write (an ALiBi bias, say)."""
+        after, reads = {self.cache_write}, set()
+        for node in self.graph.nodes:
+            if self.attention is None and any(n in after for n in node.all_input_nodes):
+                after.add(node)
+                reads |= {n for n in node.all_input_nodes if n.op == "placeholder"}
+        return next(iter(reads - {self.mask, self.hidden}), None)
+
     def rope_operations(self) -> list[str]:
         """Names of the operations between the pre-RoPE and the post-RoPE key."""
         return [_spelled(n) for n in rope_region(self) if n.op == "call_function"]

@@ -107,7 +107,7 @@ def evaluate(
             {
                 **_stored(config, model.dtype),
                 "bits_per_element": fmean(bits[config]),
-                **_means(scores[config]),
+                **means(scores[config]),
                 "tokens": predictions,
                 "seconds": seconds[config],
             }
@@ -134,7 +134,8 @@ def _stored(config: RotateKVConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _means(windows: Sequence[WindowScore]) -> dict[str, Any]:
+def means(windows: Sequence[WindowScore]) -> dict[str, Any]:
+    """A row's means over windows of one length, and the windows apart."""
     per_window = {
         "nll": [window.nll for window in windows],
         "kl": [window.kl for window in windows],

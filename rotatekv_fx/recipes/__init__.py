@@ -10,6 +10,7 @@ from rotatekv_fx.recipes.base import (
     get,
     names,
     register,
+    window_of,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "quarot",
     "register",
     "rtn",
+    "window_of",
 ]

@@ -91,10 +91,16 @@ class Recipe(Protocol):
     name: str
     needs_calibration: bool
     needs_linear_rope: bool
+    default_window: int
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
     ) -> LayerPlan: ...
+
+
+def window_of(recipe: Recipe, config: RotateKVConfig) -> int:
+    """Recent tokens kept exact: the config's, or the recipe's own number."""
+    return recipe.default_window if config.window is None else config.window
 
 
 _REGISTRY: dict[str, Recipe] = {}

@@ -20,12 +20,13 @@ from rotatekv_fx.recipes.base import (
     Quantizer,
     hadamard,
     register,
+    window_of,
 )
 
-WINDOW = 64
-TILE_ROWS = 16  # query rows of one tensor-core tile: head_group * query heads of a KV head stay within
-MEAN_SHARE = 0.99  # of the mean's query-weighted energy that the position term carries
-MEAN_CHANNELS = 32  # at most, for each head
+TILE_ROWS = 16  # query rows of a tensor-core tile; head_group * (query heads of a KV head) stays within
+MEAN_SHARE = 0.999  # of the mean's query-weighted energy that the position term carries
+# Share of a group's range that the codes span, by bits: the best on text used for neither calibration nor test.
+CLIP = {2: 0.7, 3: 0.875, 4: 0.95, 8: 1.0}
 EIGENVALUE_FLOOR = 1e-6  # relative to the largest
 
 
@@ -35,6 +36,7 @@ class CenteredRecipe:
     name = "centered"
     needs_calibration = True
     needs_linear_rope = True
+    default_window = 64
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
@@ -50,9 +52,8 @@ class CenteredRecipe:
             ConfigError: head_group or group_size does not divide.
         """
         assert statistics is not None
-        mean = kept_mean(statistics)
+        mean = kept_mean(statistics, config.mean_channels)
         heads = _head_group(config.head_group, shape)
-        window = WINDOW if config.window is None else config.window
         key = torch.stack(
             [
                 whitening(covariance, weight)
@@ -78,15 +79,15 @@ class CenteredRecipe:
                 config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
             ),
             sinks=config.sinks,
-            window=window,
+            window=window_of(self, config),
             slack=config.slack,
         )
 
 
-def kept_mean(statistics: LayerStatistics) -> Tensor:
+def kept_mean(statistics: LayerStatistics, limit: int) -> Tensor:
     """The mean [Hkv, D] restricted to the channel pairs that the position term carries.
 
-    The fewest pairs that hold 99% of sum |mu|^2 E|q|^2, the largest over heads, and at most 32 channels; the
+    The fewest pairs that hold 99.9% of sum |mu|^2 E|q|^2 in every head, and at most `limit` channels; the
     rest of the mean stays in the codes.
     """
     partner = statistics.partner
@@ -101,7 +102,7 @@ def kept_mean(statistics: LayerStatistics) -> Tensor:
     chosen: list[int] = []
     for channel in order[:count].tolist():
         both = {channel, int(partner[channel])}
-        if len(chosen) + len(both) <= MEAN_CHANNELS:
+        if len(chosen) + len(both) <= limit:
             chosen += both
     mask = torch.zeros(len(partner), dtype=torch.float64)
     mask[chosen] = 1.0
@@ -174,8 +175,7 @@ def _head_group(requested: int | None, shape: LayerShape) -> int:
 
 
 def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
-    default_clip = 0.8 if bits <= 3 else 1.0
-    return Quantizer(bits, resolve_group_size(group_size, channels), clip or default_clip, "midpoint")
+    return Quantizer(bits, resolve_group_size(group_size, channels), clip or CLIP[bits], "midpoint")
 
 
 register(CenteredRecipe())

@@ -13,6 +13,7 @@ class NoneRecipe:
     name = "none"
     needs_calibration = False
     needs_linear_rope = False
+    default_window = 0
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None

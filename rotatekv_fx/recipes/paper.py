@@ -14,6 +14,7 @@ from rotatekv_fx.recipes.base import (
     Quantizer,
     hadamard,
     register,
+    window_of,
 )
 
 HEAD_GROUP = 4
@@ -25,6 +26,7 @@ class PaperRecipe:
     name = "paper"
     needs_calibration = True
     needs_linear_rope = False
+    default_window = 0
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
@@ -54,7 +56,7 @@ class PaperRecipe:
                 config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
             ),
             sinks=config.sinks,
-            window=config.window or 0,
+            window=window_of(self, config),
             slack=config.slack,
         )
 

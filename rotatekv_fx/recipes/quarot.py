@@ -27,6 +27,7 @@ class QuaRotRecipe:
     name = "quarot"
     needs_calibration = False
     needs_linear_rope = False
+    default_window = 0
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None

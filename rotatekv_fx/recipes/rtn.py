@@ -16,6 +16,7 @@ class RoundToNearestRecipe:
     name = "rtn"
     needs_calibration = False
     needs_linear_rope = False
+    default_window = 0
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
