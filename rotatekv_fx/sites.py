@@ -104,13 +104,17 @@ class AttentionSite:
         return self.hidden_example.device
 
     def inline_input(self) -> fx.Node | None:
-        """An input besides the mask that inline attention reads after the cache write (an ALiBi bias, say)."""
-        after, reads = {self.cache_write}, set()
+        """An input besides the mask that enters inline scores with the cached keys (an ALiBi bias, say)."""
+        if self.attention is not None:
+            return None
+        depends = _dependencies(self.graph)
         for node in self.graph.nodes:
-            if self.attention is None and any(n in after for n in node.all_input_nodes):
-                after.add(node)
-                reads |= {n for n in node.all_input_nodes if n.op == "placeholder"}
-        return next(iter(reads - {self.mask, self.hidden}), None)
+            if "softmax" not in str(node.target) and "scaled_dot_product" not in str(node.target):
+                continue
+            mixed = [n for n in depends[node] if self.cache_write in depends[n]] + [node]
+            inputs = (i for n in mixed for i in n.all_input_nodes if i.op == "placeholder")
+            return next((i for i in inputs if i is not self.mask), None)
+        return None
 
     def rope_operations(self) -> list[str]:
         """Names of the operations between the pre-RoPE and the post-RoPE key."""

@@ -141,14 +141,15 @@ def test_recipe_none_scores_as_the_model_itself(tiny):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), tiny.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_recipe_paper_on_the_reference_model(reference_model, repository):
-    """Two windows of the published protocol; the bounds hold the measured figures with some room."""
+    """A short form of the protocol of the README; the bounds hold the measured figures with some room."""
     data = repository / "benchmarks" / "data"
     tokenizer = load_tokenizer(str(repository / "benchmarks" / "reference_model"))
     text = read_text(data / "wikitext-2-raw-test.txt")[:6_000]
-    cut = cut_windows(encode(tokenizer, text), 512, start_tokens(tokenizer), least=2)[:2]
-    calibration_text = read_text(data / "calibration.txt")[:8_000]
-    windows = cut_windows(encode(tokenizer, calibration_text), 512, start_tokens(tokenizer))[:3]
+    cut = cut_windows(encode(tokenizer, text), 512, start_tokens(tokenizer))[:1]
+    calibration_text = read_text(data / "calibration.txt")[:4_000]
+    windows = cut_windows(encode(tokenizer, calibration_text), 256, start_tokens(tokenizer))[:3]
     statistics = rotatekv_fx.calibrate(reference_model, windows, progress=lambda done, total: None)
     config = RotateKVConfig(recipe="paper")
     packed = rotatekv_fx.transform(copy.deepcopy(reference_model), config, statistics)
@@ -156,6 +157,7 @@ def test_recipe_paper_on_the_reference_model(reference_model, repository):
     figures = evaluate(reference_model, {config: packed}, cut)
 
     (row,) = figures["rows"]
+    print(row)
     assert 0.3 < row["kl"] < 0.8
     assert 0.5 < row["agreement"] < 0.75
     assert 1.1 < row["perplexity"] / figures["untransformed_perplexity"] < 1.6

@@ -75,10 +75,10 @@ class KiviLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, coded_keys:].clone(), values[:, :, coded_values:].clone()
         self.length += key_states.shape[2]
         heads = key_states.shape[1]
-        old_keys = [self._by_token(x, heads) for x in self.old_keys.read()]
+        old_keys = [self._by_token(x, heads) for x in _read(self.old_keys)]
         return (
             torch.cat([*old_keys, self.keys.to(self.dtype)], 2),
-            torch.cat([*self.old_values.read(), self.values.to(self.dtype)], 2),
+            torch.cat([*_read(self.old_values), self.values.to(self.dtype)], 2),
         )
 
     def _by_channel(self, keys: Tensor) -> Tensor:
@@ -96,6 +96,10 @@ class KiviLayer(DynamicLayer):
         raise StateError("a KIVI cache serves comparisons only: no beams, crops or resets; make a new cache.")
 
     reorder_cache = crop = reset = batch_repeat_interleave = batch_select_indices = _refuse
+
+
+def _read(store: GrowingStore) -> tuple[Tensor, ...]:
+    return store.read() if len(store) else ()
 
 
 def kivi_cache(model: PreTrainedModel, bits: int = 2, group: int = 32, residual: int = 0) -> Cache:

@@ -75,7 +75,7 @@ def answer(
     batch: int = 8,
     progress: Progress | None = None,
 ) -> Answers:
-    """Continue each case's prompt and compare what `find` reads with its answer.
+    """Continue each case's prompt to the end of its line and compare what `find` reads with its answer.
 
     Args:
         model: transformed or not; batches are left-padded.
@@ -102,6 +102,8 @@ def answer(
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=pad,
+            stop_strings="\n",
+            tokenizer=tokenizer,
         )
         for i, text in zip(chosen, tokenizer.batch_decode(output[:, width:]), strict=True):
             correct[i] = find(text) == cases[i].answer
