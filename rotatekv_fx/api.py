@@ -133,11 +133,7 @@ def calibrate(
         CalibrationError: the data holds no usable windows.
         MatchError: no attention module matched.
     """
-    _check_model(model)
-    matched = _match(model)
-    if not matched.sites:
-        raise MatchError(_no_match(model, matched))
-    return collect(model, matched.sites, data, seed, progress)
+    return collect(model, attention_sites(model), data, seed, progress)
 
 
 def report(model: nn.Module) -> Report:
@@ -160,6 +156,21 @@ def inspect_model(model: nn.Module) -> Report:
     matched = _match(model)
     sites = tuple(describe_site(s, matched.positions[s.layer_index].description) for s in matched.sites)
     return Report(type(model).__name__, sites, tuple(matched.rejections))
+
+
+def attention_sites(model: nn.Module) -> list[AttentionSite]:
+    """The attention modules that `transform` would rewrite, as traced; the model is left untouched.
+
+    Raises:
+        InputError: the model is no decoder with a KV cache.
+        StateError: it is transformed already.
+        MatchError: no attention module matched.
+    """
+    _check_model(model)
+    matched = _match(model)
+    if not matched.sites:
+        raise MatchError(_no_match(model, matched))
+    return matched.sites
 
 
 def _state(model: nn.Module) -> _State:

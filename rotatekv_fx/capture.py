@@ -192,7 +192,7 @@ def capture(
     for key, call in first.items():
         try:
             if call.repeated:
-                raise ValueError("one module writes to the cache several times in a forward")
+                raise ValueError("the module serves several layers of the cache")
             results.append(_capture_module(model, names, call, second[key], producers, len(first)))
         except Exception as error:  # the exporter raises many kinds; all mean "cannot be traced"
             message = str(error).strip().partition("\n")[0] or "no message"
@@ -214,7 +214,7 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
         )
     stack: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = []
     calls: dict[int, Call] = {}
-    repeated: set[int] = set()  # modules that wrote more than once
+    repeated: set[int] = set()  # modules that several calls of which wrote
     writers: dict[int, list[nn.Module]] = {}
     producers: dict[int, Producer] = {}
     kept: list[Any] = []  # keeps recorded tensors alive, so that their ids stay theirs
@@ -222,7 +222,8 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
     class RecordingCache(DynamicCache):
         def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
             module, call_args, call_kwargs = stack[-1]
-            repeated.update({id(module)} & calls.keys())
+            if id(module) in calls and calls[id(module)].args is not call_args:
+                repeated.add(id(module))
             calls[id(module)] = Call(
                 module, module, call_args, call_kwargs, layer_idx, tuple(key.shape), tuple(value.shape)
             )
@@ -243,7 +244,7 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
                     producers[id(tensor)] = Producer(module, args, kwargs, place)
             kept.append((args, kwargs, output))
 
-    device = model.get_input_embeddings().weight.device
+    device = _embedding_device(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, max(4, config.vocab_size - 1), (batch, length), generator=generator).to(device)
     mask = torch.ones_like(ids)
@@ -269,17 +270,38 @@ def _record_calls(model: nn.Module, batch: int, length: int) -> tuple[dict[int, 
     finally:
         for hook in hooks:
             hook.remove()
+    kind = type(model).__name__
+    remedy = "transform() takes decoder-only language models, such as those of AutoModelForCausalLM."
     if not calls:
-        raise InputError(
-            f"No module of {type(model).__name__} wrote to the KV cache; transform() takes decoder-only "
-            "language models, such as those of AutoModelForCausalLM."
-        )
+        raise InputError(f"No module of {kind} wrote to the KV cache; {remedy}")
+    if not _is_causal(calls, length):
+        raise InputError(f"{kind} is not causal: its attention masks let tokens see later ones; {remedy}")
     for key, call in calls.items():
         call.block = _enclosing_block(model, writers, key)
         call.repeated = key in repeated
     kept.append(calls)
     producers = {k: v for k, v in producers.items() if any(k == id(t) for t in _call_tensors(calls))}
     return calls, producers
+
+
+def _embedding_device(model: nn.Module) -> torch.device:
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:
+        raise InputError(
+            f"{type(model).__name__} has no token embeddings; transform() takes language models."
+        )
+    return weight.device
+
+
+def _is_causal(calls: dict[int, Call], length: int) -> bool:
+    """Whether no mask that attention modules received lets a token see a later one."""
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    for tensor in _call_tensors(calls):
+        if tensor.dim() == 4 and tensor.shape[-2:] == (length, length) and not tensor.is_complex():
+            visible = tensor if tensor.dtype is torch.bool else tensor > torch.finfo(tensor.dtype).min / 2
+            if bool(visible[..., later.to(tensor.device)].any()):
+                return False
+    return True
 
 
 def _call_tensors(calls: dict[int, Call]) -> Iterator[Tensor]:

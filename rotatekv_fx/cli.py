@@ -42,7 +42,7 @@ from rotatekv_fx.evaluate import (
 )
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"  # in a checkout; not part of a wheel
-_EVAL_RECIPES = ["none", RotateKVConfig.recipe]
+_RECIPES = list(dict.fromkeys(["none", "paper", RotateKVConfig.recipe]))  # compared if none is named
 _DEMO_PROMPT_CHARACTERS = 3000
 
 _out = Console()
@@ -133,7 +133,7 @@ def eval_command(
     text: Text,
     recipe: Annotated[
         list[str], typer.Option(help="How the cache is stored; may be given again.")
-    ] = _EVAL_RECIPES,
+    ] = _RECIPES,
     bits: Bits = None,
     key_bits: KeyBits = None,
     value_bits: ValueBits = None,
@@ -243,7 +243,7 @@ def demo_command(
 ) -> None:
     """Show it all on the bundled model: what matches, both caches' text and bytes, and what is lost."""
     _check_output(json_file)
-    configs = _configs(_EVAL_RECIPES)
+    configs = _configs(_RECIPES)
     contents, source = read_text(text), CalibrationSource.open(text=calibration_text)
     loaded, tokenizer = _load(model, dtype, "cpu")
     check_context(loaded, context)

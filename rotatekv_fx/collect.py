@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,19 @@ Progress = Callable[[int, int], None]
 GENERATED_WINDOWS = 12
 GENERATED_LENGTH = 1024
 SINK_TOKENS = 4  # first tokens of a window, left out of the moments
+
+
+class Receiver(Protocol):
+    """Takes one window's keys before and after RoPE, values, queries and positional inputs."""
+
+    def add(
+        self,
+        key: Tensor,
+        key_post: Tensor,
+        value: Tensor,
+        query: Tensor | None,
+        positional: tuple[Tensor, ...],
+    ) -> None: ...
 
 
 class _Sums:
@@ -154,7 +167,7 @@ def collect(
     windows = 0
     takes = inspect.signature(model.forward).parameters
     last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    with _observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
+    with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
         for window in data:
             model(input_ids=_row(model, window), use_cache=False, **last_logits_only)
             windows += 1
@@ -186,8 +199,8 @@ def _row(model: nn.Module, window: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _observed(sites: list[AttentionSite], sums: dict[int, _Sums]) -> Iterator[None]:
-    """Hooks that run each site's graph up to keys and values on what its module receives."""
+def observed(sites: list[AttentionSite], sums: Mapping[int, Receiver]) -> Iterator[None]:
+    """While it lasts, each site's receiver is given what the site's graph makes of its module's inputs."""
     hooks = []
     for site in sites:
         observe, add = observer(site), sums[site.layer_index].add

@@ -57,7 +57,7 @@ class RotateKVConfig:
     sinks: int = 20
     window: int | None = None
     slack: int = 32
-    layers: Mapping[int, Mapping[str, int | float]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[int, Mapping[str, int | float]] = dataclasses.field(default_factory=dict, hash=False)
     seed: int = 0
     allow_partial: bool = False
     keep_originals: bool = True

@@ -413,11 +413,11 @@ def _send_indices(
 
 
 def _plain_linear(node: fx.Node) -> tuple[str, str | None] | None:
-    """Parameter names of an `aten.linear` over the attention module's own parameters."""
+    """Parameter names of an `aten.linear` over parameters of the attention module that nothing else reads."""
     if node.target is not aten.linear.default:
         return None
     parameters = [a for a in node.args[1:] if isinstance(a, fx.Node)]
-    if any(p.op != "get_attr" for p in parameters):
+    if any(p.op != "get_attr" or len(p.users) > 1 for p in parameters):
         return None
     return str(parameters[0].target), str(parameters[1].target) if len(parameters) > 1 else None
 

@@ -157,7 +157,6 @@ def test_recipe_paper_on_the_reference_model(reference_model, repository):
     figures = evaluate(reference_model, {config: packed}, cut)
 
     (row,) = figures["rows"]
-    print(row)
     assert 0.3 < row["kl"] < 0.8
     assert 0.5 < row["agreement"] < 0.75
     assert 1.1 < row["perplexity"] / figures["untransformed_perplexity"] < 1.6

@@ -254,10 +254,12 @@ class PackedLayer:
         """
         keys, values, numbers = self._recent_and(key, value, new)
         coded = self._through_codes(keys, values, numbers, form)
+        # fixed buffers of exact values are read themselves, and about to be written
+        history = [_Axis(a.keys.clone(), a.values.clone(), a.numbers) for a in self._read_history(form)]
         if not self.spec.window:
-            return [*self._read_history(form), _Axis(*coded, numbers)]
+            return [*history, _Axis(*coded, numbers)]
         return [
-            *self._read_history(form),
+            *history,
             _Axis(*coded, numbers, "codes"),
             _Axis(keys, values, numbers, "exact"),
         ]
@@ -328,33 +330,34 @@ class PackedLayer:
         self.positions.settle()
         return [self.history, self.recent, self.positions.store]
 
-    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch operation once to each tensor; rows that the whole batch shares (batch 1) stay."""
+    def _change_batch(self, batch: int, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply a batch operation once to each tensor; rows that the whole batch shares (batch 1) stay.
+
+        Args:
+            batch: number of sequences afterwards.
+        """
+        if not self.is_initialized:
+            return
         for store in self._own_stores():
             store.map_batch(lambda t: function(t) if t.shape[0] == self.batch_size else t)
         if self.sinks is not None:
             self.sinks.map_batch(function)
+        self.batch_size = batch
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search."""
-        self._map_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
-        self._resized(beam_idx.shape[0])
+        self._change_batch(beam_idx.shape[0], lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times."""
-        self._map_batch(lambda t: t.repeat_interleave(repeats, 0))
         if self.is_initialized:
-            self._resized(self.batch_size * repeats)
+            self._change_batch(self.batch_size * repeats, lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the sequences `indices`."""
-        self._map_batch(lambda t: t[indices])
         if self.is_initialized:
-            self._resized(int(torch.empty(self.batch_size)[indices.cpu()].shape[0]))
-
-    def _resized(self, batch: int) -> None:
-        if self.is_initialized:
-            self.batch_size = batch
+            kept = torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()]
+            self._change_batch(kept.shape[0], lambda t: t[indices])
 
     def offload(self) -> None:
         """Raise: packed layers stay on their device.
@@ -456,11 +459,14 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
 
     def _limit(self) -> None:
         """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
-        limit = None if self.record_past else self.sliding_window - self._recent_capacity()
-        self.history.limit = limit
+        limit = None if self.record_past else self.sliding_window
+        self.history.limit = None if limit is None else limit - min(self.spec.recent, limit)
+        if self.positions is not None:
+            self.positions.store.limit = limit
 
-    def _recent_capacity(self) -> int:
-        return min(self.spec.recent, self.sliding_window)
+    def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
+        super()._begin_positions(positions, start)
+        self._limit()
 
     def _check_croppable(self) -> None:
         if self.length >= self.sliding_window and not self.record_past:
@@ -476,6 +482,9 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
         if self.is_initialized:
             held = len(self.history) + len(self.recent)
             self.history.drop_first(held - self.sliding_window)
+            if self.positions is not None:
+                self.positions.settle()
+                self.positions.store.drop_first(len(self.positions.store) - self.sliding_window)
 
     def reset(self) -> None:
         super().reset()
@@ -497,7 +506,7 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
     def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
         assert tokens is not None
-        return RingStore(codecs, tokens)
+        return RingStore(codecs, tokens, self.is_sliding or tokens == self.spec.recent)
 
     def _capacity(self) -> int:
         return self.max_cache_len
@@ -514,18 +523,26 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
         super()._begin_positions(batched, start)
 
     def _check_fits(self, count: int) -> None:
-        if count > self.max_cache_len:
+        """Raise where `count` new tokens have no room. On a GPU only what needs no synchronisation is checked:
+        a token too many then fails in the kernel that would write it."""
+        held, length = 0, self.cumulative_length
+        if self.is_initialized and length.device.type == "cpu" and not torch.compiler.is_compiling():
+            held = int(length)
+        if held + count > self.max_cache_len:
             raise StateError(
-                f"{count} new tokens do not fit a static cache of {self.max_cache_len}; allocate a longer "
-                "one (max_cache_len), or prefill a shorter prompt."
+                f"{count} new tokens do not fit a static cache of {self.max_cache_len} that holds {held}; allocate "
+                "a longer one (max_cache_len), or prefill a shorter prompt."
             )
 
     def _in_order(self) -> bool:
         return not self.spec.window  # the ring is as long as the sequence may become, and never wraps
 
-    def _resized(self, batch: int) -> None:
+    def _change_batch(self, batch: int, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized and batch != self.batch_size:
-            raise StateError("a static cache cannot change its batch size; allocate a new cache.")
+            raise StateError(
+                f"a static cache of batch size {self.batch_size} cannot change to {batch}; allocate a new one."
+            )
+        super()._change_batch(batch, function)
 
     def reset(self) -> None:
         """Forget all tokens, in place."""

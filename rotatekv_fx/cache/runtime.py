@@ -143,7 +143,8 @@ class AttentionRuntime(nn.Module):
                 f"cache layer {self.layer_index} is a {type(layer).__name__}, which has no packed twin; use "
                 "a DynamicCache or a StaticCache."
             )
-        if layer.is_initialized:
+        # transformers may have allocated an empty static layer early
+        if layer.is_initialized and int(layer.get_seq_length()):
             raise StateError(
                 f"cache layer {self.layer_index} already holds 16-bit keys of an untransformed model; "
                 "pass a new cache."

@@ -94,12 +94,13 @@ class GrowingStore:
 class RingStore:
     """Fixed buffers of `size` tokens, written in place: token n is in column n % size.
 
+    A store that does not wrap takes tokens below `size` only; index_copy_ refuses others.
     `count` [] is how many tokens the sequence has, those of negative number left out; it says which columns
     are filled.
     """
 
-    def __init__(self, codecs: tuple[Codec, ...], size: int):
-        self.codecs, self.size = codecs, size
+    def __init__(self, codecs: tuple[Codec, ...], size: int, wraps: bool):
+        self.codecs, self.size, self.wraps = codecs, size, wraps
         self.parts: tuple[Parts, ...] = ()
         self.count: Tensor | None = None
 
@@ -126,8 +127,11 @@ class RingStore:
         written = min(length, self.size)
         if written:
             numbers = torch.arange(length - written, length, device=fields[0].device) + start
+            slots = (
+                numbers % self.size if self.wraps else torch.where(numbers < 0, numbers + self.size, numbers)
+            )
             for codec, parts, x in zip(self.codecs, self.parts, fields, strict=True):
-                codec.write(parts, x[:, :, length - written :], numbers % self.size)
+                codec.write(parts, x[:, :, length - written :], slots)
         self.count.copy_(torch.as_tensor(start, device=self.count.device) + length)
 
     def overflow(self, new: int) -> int:

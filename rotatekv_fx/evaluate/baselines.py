@@ -1,7 +1,7 @@
 """Other methods' caches, for untransformed models, measured as the packed cache is.
 
-KIVI (arXiv 2402.02750): keys per channel in groups of tokens, values per token in groups of channels, a scale and a
-minimum each group, and recent tokens exact. QuantizedCache is transformers' own, with the HQQ or quanto backend.
+KIVI (arXiv 2402.02750): keys per channel in groups of tokens, values per token in groups of channels, a scale
+and a minimum each group, and recent tokens exact. QuantizedCache is transformers' own, with HQQ or quanto.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MakeCache = Callable[[], Cache]
 class KiviLayer(DynamicLayer):
     """KIVI, section 3: complete groups of tokens as codes, the rest exact in 16 bit.
 
-    Keys: tokens become codes `block` at a time (the residual, or one group where there is none), each channel of
-    each `group` tokens with its own scale and minimum. Values: all but the last `residual` tokens are codes, `group`
-    channels sharing a scale and a minimum. A step's tokens are stored before they are read, so that every query
-    reads codes, its own prompt's too, where KIVI would read a prompt exactly.
+    Keys: tokens become codes `block` at a time (the residual, or one group where there is none), each channel
+    of each `group` tokens with its own scale and minimum. Values: all but the last `residual` tokens are
+    codes, `group` channels sharing a scale and a minimum. A step's tokens are stored before they are read, so
+    that every query reads codes, its own prompt's too, where KIVI would read a prompt exactly.
     """
 
     is_croppable = False
@@ -124,7 +124,7 @@ def kivi_cache(model: PreTrainedModel, bits: int = 2, group: int = 32, residual:
 def quantized_cache(
     model: PreTrainedModel, backend: str = "hqq", bits: int = 2, group: int = 64, residual: int = 128
 ) -> QuantizedCache:
-    """An empty QuantizedCache of transformers; it reads the first step exactly, and later ones from its codes.
+    """An empty QuantizedCache of transformers. It reads a step exactly, and earlier ones from its codes.
 
     Args:
         backend: "hqq" or "quanto"; groups lie along tokens and channels as the backend's default axis has it.
@@ -157,8 +157,8 @@ def evaluate_caches(
         makers: by name, what makes an empty cache.
         windows: ids [1, T], all of one length.
         sites: attention sites, which size the elements that bytes are counted against.
-        step: tokens fed at a time; None feeds a window at once. A cache whose recent tokens are exact is measured
-            with 1, as in decoding, since every query of one forward reads the same keys.
+        step: tokens fed at a time; None feeds a window at once. A cache whose recent tokens are exact is
+            measured with 1, as in decoding, since all queries of one forward read the same keys.
         batch: windows at a time.
 
     Returns:

@@ -43,7 +43,8 @@ class Answers:
         """
         if len(other.correct) != len(self.correct):
             raise InputError(
-                f"Paired differences need the same cases: {len(self.correct)} and {len(other.correct)} were answered."
+                f"{len(self.correct)} and {len(other.correct)} cases were answered; a paired difference "
+                "needs the same cases for both."
             )
         gaps = [int(a) - int(b) for a, b in zip(self.correct, other.correct, strict=True)]
         count, mean = len(gaps), sum(gaps) / len(gaps)

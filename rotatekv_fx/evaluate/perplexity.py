@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from rotatekv_fx import RotateKVConfig, report
+from rotatekv_fx.cache import PackedLayer
 from rotatekv_fx.errors import StateError
 from rotatekv_fx.evaluate.memory import bits_per_element
 
@@ -87,6 +88,7 @@ def evaluate(
     scores: dict[RotateKVConfig, list[WindowScore]] = {config: [] for config in candidates}
     bits: dict[RotateKVConfig, list[float]] = {config: [] for config in candidates}
     seconds = dict.fromkeys(candidates, 0.0)
+    recent = dict.fromkeys(candidates, 0)
     for done, window in enumerate(windows, 1):
         ids = window.to(model.device)
         targets = ids[0, 1:]
@@ -97,6 +99,9 @@ def evaluate(
             logits, cache = _predict(candidate, ids)
             scores[config].append(score(reference, logits, targets))
             seconds[config] += time.perf_counter() - begin
+            recent[config] = max(
+                layer.spec.window for layer in cache.layers if isinstance(layer, PackedLayer)
+            )
             bits[config].append(bits_per_element(cache, report(candidate).sites, ids.shape[1]))
         if progress is not None:
             progress(done, len(windows))
@@ -106,6 +111,7 @@ def evaluate(
         "rows": [
             {
                 **_stored(config, model.dtype),
+                "window": recent[config],
                 "bits_per_element": fmean(bits[config]),
                 **means(scores[config]),
                 "tokens": predictions,
@@ -128,7 +134,6 @@ def _stored(config: RotateKVConfig, dtype: torch.dtype) -> dict[str, Any]:
     exact = 8 * dtype.itemsize if config.recipe == "none" else None
     return {
         "recipe": config.recipe,
-        "window": config.window,
         "key_bits": exact or config.key_bits,
         "value_bits": exact or config.value_bits,
     }

@@ -22,12 +22,21 @@ def comparison_table(figures: Mapping[str, Any]) -> Table:
         collapse_padding=True,
     )
     table.add_column("recipe")
-    for name in ("bits K/V", "bits per element", "KL, nats", "same argmax", "perplexity", "seconds"):
+    for name in (
+        "bits K/V",
+        "window",
+        "bits per element",
+        "KL, nats",
+        "same argmax",
+        "perplexity",
+        "seconds",
+    ):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["recipe"],
             f"{row['key_bits']}/{row['value_bits']}",
+            str(row["window"]),
             f"{row['bits_per_element']:.2f}",
             f"{row['kl']:.4f}",
             f"{row['agreement']:.1%}",

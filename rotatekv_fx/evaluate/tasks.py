@@ -12,19 +12,24 @@ from collections.abc import Callable, Sequence
 
 from rotatekv_fx.errors import InputError
 
-NAMES = (
-    "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mia Noah Olive Paul Quinn Rosa Sam Tina Uma "
-    "Victor Wendy Xena Yara Zane"
-).split()
-ITEMS = (
-    "apples books coins stamps marbles pencils cards shells cookies flowers tickets stones balloons buttons "
-    "candles eggs keys lemons ropes spoons"
-).split()
-CITIES = (
-    "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Lisbon Warsaw Cairo Tokyo Delhi Lima "
-    "Quito Boston Denver Seattle"
-).split()
-COLORS = "red blue green yellow white black purple orange silver golden".split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+NAMES = _words(
+    "Anna Ben Clara David Emma Frank Grace Henry Ivy Jack Kate Leo Mia Noah Olive Paul Quinn Rosa Sam "
+    "Tina Uma Victor Wendy Xena Yara Zane"
+)
+ITEMS = _words(
+    "apples books coins stamps marbles pencils cards shells cookies flowers tickets stones balloons "
+    "buttons candles eggs keys lemons ropes spoons"
+)
+CITIES = _words(
+    "Paris London Berlin Madrid Rome Vienna Prague Dublin Oslo Athens Lisbon Warsaw Cairo Tokyo Delhi "
+    "Lima Quito Boston Denver Seattle"
+)
+COLORS = _words("red blue green yellow white black purple orange silver golden")
 
 _SENTENCE_CHARACTERS = range(41, 200)
 _DOUBLE_AT_MOST = 90
@@ -149,7 +154,7 @@ def _after_filler(text: Sequence[str], count: int, facts: set[str]) -> int:
 
 
 def filler_sentences(text: str) -> list[str]:
-    """Sentences of a running text, 40 to 200 characters long and starting with a capital.
+    """Sentences of a running text, 41 to 199 characters long and starting with a capital.
 
     Raises:
         InputError: there are fewer than 10.
@@ -158,7 +163,7 @@ def filler_sentences(text: str) -> list[str]:
     found = [f"{p}." for p in pieces if len(p) in _SENTENCE_CHARACTERS and p[0].isupper()]
     if len(found) < 10:
         raise InputError(
-            f"The filler text has {len(found)} sentences of 40 to 200 characters; give a running text with 10."
+            f"The filler text has {len(found)} sentences of 41 to 199 characters; give one with at least 10."
         )
     return found
 

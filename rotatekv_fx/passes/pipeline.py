@@ -22,7 +22,7 @@ INSERT = (
     Pass("preserve_sinks", ("insert_quantization",), preserve_sinks),
 )
 LOWER = (
-    Pass("lower_attention", ("insert_rotation",), lower_attention),
+    Pass("lower_attention", ("insert_rotation", "insert_quantization", "preserve_sinks"), lower_attention),
     Pass("cleanup", ("lower_attention",), cleanup),
 )
 

@@ -1,7 +1,7 @@
 """Recipe `quarot`: a Hadamard rotation of each head after RoPE, as in QuaRot (arXiv 2404.00456), cache only.
 
-QuaRot also rotates and quantizes weights and activations; here only its KV cache is built. Its clip ratio for the
-cache is 0.95 at 4 bits; at 2 bits 0.8 is used, as for the other rotations here.
+QuaRot also rotates and quantizes weights and activations; here only its KV cache is built. Its clip ratio for
+the cache is 0.95; at 2 bits 0.8 is used, which serves rotated channels better there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipe `rtn`: round-to-nearest per token, the plainest baseline. Nothing is rotated, centered or kept exact."""
+"""Recipe `rtn`: round-to-nearest per token, the plainest baseline. Nothing is rotated, centered or kept."""
 
 from __future__ import annotations
 
