@@ -19,7 +19,7 @@ from rotatekv_fx.calibration import Calibration, LayerStatistics
 from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
-from rotatekv_fx.errors import ConfigError, InputError, MatchError, StateError
+from rotatekv_fx.errors import CalibrationError, ConfigError, InputError, MatchError, StateError
 from rotatekv_fx.passes.base import Rewrite
 from rotatekv_fx.passes.normalize import normalize
 from rotatekv_fx.passes.pipeline import dump_to, run_passes
@@ -250,10 +250,14 @@ def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration
     sites, rejections = [], list(matched.rejections)
     recipe = recipes.get(config.recipe)
     for site in matched.sites:
+        _check_statistics(site, calibration)
         error = float(calibration.layers[site.layer_index].rope_error) if calibration is not None else 0.0
         other = site.inline_input()
         if other is not None and recipes.window_of(recipe, config):
-            reason = f"its inline attention reads {other.name}, which has no columns for a recent window; use window=0"
+            reason = (
+                f"its inline attention reads {other.name}, which has no columns for a recent window; "
+                "use window=0"
+            )
             rejections.append(Rejection(site.name, site.layer_index, reason, other.name))
         elif recipe.needs_linear_rope and error > LINEAR:
             reason = (
@@ -264,6 +268,19 @@ def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration
         else:
             sites.append(site)
     return _Matched(sites, matched.positions, rejections)
+
+
+def _check_statistics(site: AttentionSite, calibration: Calibration | None) -> None:
+    if calibration is None:
+        return
+    layer = calibration.layers.get(site.layer_index)
+    expected = [site.kv_heads, site.head_dim]
+    found = "no layer of that number" if layer is None else list(layer.key_sum.shape)
+    if found != expected:
+        raise CalibrationError(
+            f"layer {site.layer_index} has {expected} key heads and channels, its calibration {found}; "
+            "calibrate this model again."
+        )
 
 
 def _no_match(model: nn.Module, matched: _Matched) -> str:

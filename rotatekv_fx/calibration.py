@@ -110,7 +110,7 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise CalibrationError(f"calibration file {path} is damaged: {error}; write it again.") from error
-        if header.get("format") != FORMAT:
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise CalibrationError(
                 f"{path} is no calibration file of this version ({FORMAT}); write it again."
             )
@@ -118,12 +118,16 @@ class Calibration:
         grouped: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             index, _, field = name.partition(".")
+            if not index.isdecimal():
+                raise CalibrationError(f"calibration file {path} is damaged at {name!r}; write it again.")
             grouped.setdefault(int(index), {})[field] = tensor
         for index, layer in grouped.items():
             if set(layer) != fields or not all(bool(t.isfinite().all()) for t in layer.values()):
                 raise CalibrationError(
                     f"calibration file {path} is damaged at layer {index}; write it again."
                 )
+        if not all(isinstance(header.get(name), str) for name in ("fingerprint", "source")):
+            raise CalibrationError(f"calibration file {path} does not say what it is of; write it again.")
         layers = {index: LayerStatistics(**layer) for index, layer in sorted(grouped.items())}
         return cls(layers, header["fingerprint"], header["source"])
 

@@ -113,7 +113,7 @@ class Call:
 
 @dataclasses.dataclass
 class Producer:
-    """A module call that turned token positions into rows (a rotary embedding): output `index` of `module`."""
+    """A module call that turned token positions into rows (a rotary embedding): `module`'s output `index`."""
 
     module: nn.Module
     args: tuple[Any, ...]

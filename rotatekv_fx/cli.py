@@ -237,7 +237,7 @@ def demo_command(
     ] = None,
     max_new_tokens: NewTokens = 48,
     context: Context = 1024,
-    windows: Windows = 8,
+    windows: Windows = 6,
     dtype: Dtype = "auto",
     json_file: JsonFile = None,
 ) -> None:
@@ -248,14 +248,12 @@ def demo_command(
     loaded, tokenizer = _load(model, dtype, "cpu")
     check_context(loaded, context)
     cut = cut_windows(encode(tokenizer, contents), context, start_tokens(tokenizer), least=windows)[:windows]
-    with _err.status("Capturing the attention modules"):
-        found = inspect_model(loaded)
-    _out.print(found.table())
-
     statistics, origin = _calibrate(source, configs, loaded, tokenizer, context)
     candidates = _transformed(loaded, configs, statistics)
     prompt = prompt or _first_sentences(contents, _DEMO_PROMPT_CHARACTERS)
     packed = configs[-1]
+    found = report(candidates[packed])
+    _out.print(found.table())
     models = {
         f"{8 * loaded.dtype.itemsize}-bit cache (untransformed)": loaded,
         f"{packed.key_bits}-bit cache (recipe {packed.recipe})": candidates[packed],

@@ -15,6 +15,16 @@ MAX_GROUP_SIZE = 128
 
 # Settings that change what is reported or kept, never a number that the model computes.
 _NOT_NUMERIC = frozenset({"allow_partial", "keep_originals", "dump_dir"})
+# Name -> least value, and whether None stands for the recipe's own.
+_WHOLE_NUMBERS = {
+    "group_size": (1, True),
+    "head_group": (1, True),
+    "mean_channels": (0, False),
+    "sinks": (0, False),
+    "window": (0, True),
+    "slack": (0, False),
+    "seed": (0, False),
+}
 LAYER_SETTINGS = frozenset({"key_bits", "value_bits", "group_size", "key_clip", "value_clip"})
 
 
@@ -23,8 +33,8 @@ class RotateKVConfig:
     """How the KV cache is transformed and stored.
 
     Args:
-        recipe: name of a registered recipe: "centered" (ours), "paper" (RotateKV as published), "none" (exact,
-            for comparison), or a baseline, "rtn" or "quarot".
+        recipe: name of a registered recipe: "centered" (ours), "paper" (RotateKV as published), "none"
+            (exact, for comparison), or a baseline, "rtn" or "quarot".
         key_bits, value_bits: bits of a stored code, one of 2, 3, 4, 8.
         group_size: consecutive channels that share a scale. None takes 128, or the largest divisor of
             Hkv * head_dim up to 128; an explicit size must divide Hkv * head_dim.
@@ -65,22 +75,24 @@ class RotateKVConfig:
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):
-            if getattr(self, name) not in SUPPORTED_BITS:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {SUPPORTED_BITS}.")
+            bits = getattr(self, name)
+            if type(bits) is not int or bits not in SUPPORTED_BITS:
+                raise ConfigError(f"{name} is {bits!r}; use one of {SUPPORTED_BITS}.")
         for name in ("key_clip", "value_clip"):
             clip = getattr(self, name)
-            if clip is not None and not 0.0 < clip <= 1.0:
+            if clip is not None and not (isinstance(clip, int | float) and 0.0 < clip <= 1.0):
                 raise ConfigError(f"{name} is {clip!r}; use a number above 0 and at most 1, or None.")
-        least = {"group_size": 1, "head_group": 1, "mean_channels": 0, "sinks": 0, "window": 0, "slack": 0}
-        for name, bound in least.items():
+        for name, (bound, optional) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < bound):
+            if not (optional and value is None) and (type(value) is not int or value < bound):
                 raise ConfigError(f"{name} is {value!r}; use a whole number of at least {bound}.")
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"layers is {self.layers!r}; use a mapping from layer numbers to settings.")
         for layer, settings in self.layers.items():
-            unknown = set(settings) - LAYER_SETTINGS
-            if not isinstance(layer, int) or layer < 0 or unknown:
+            named = isinstance(settings, Mapping) and set(settings) <= LAYER_SETTINGS
+            if type(layer) is not int or layer < 0 or not named:
                 raise ConfigError(
-                    f"layers[{layer!r}] is {dict(settings)!r}; use layer numbers from 0 and names of "
+                    f"layers[{layer!r}] is {settings!r}; use layer numbers from 0 and names of "
                     f"{sorted(LAYER_SETTINGS)}."
                 )
             self.for_layer(layer)

@@ -503,4 +503,6 @@ def chain_input(node: fx.Node) -> fx.Node:
 
 
 def _spelled(node: fx.Node) -> str:
-    return str(node.target).removeprefix("aten.").rpartition(".")[0] or str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    return getattr(node.target, "__name__", str(node.target))

@@ -60,7 +60,7 @@ def test_a_writer_that_degenerates_shows(reference_model):
         for layer in broken.model.layers:
             weight = layer.self_attn.k_proj.weight
             weight.add_(torch.randn(weight.shape, generator=generator) * weight.std() * 2)
-    rows = long_generation(reference_model, {"own": reference_model, "broken": broken}, PROMPTS, 40)
+    rows = long_generation(reference_model, {"own": reference_model, "broken": broken}, PROMPTS, 24)
     own, bad = rows
     assert bad["perplexity"] > 2 * own["perplexity"]
 

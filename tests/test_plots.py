@@ -109,6 +109,6 @@ def test_benchmark_writes_data_and_figures(tiny_model_folder, repository, tmp_pa
     )
     figures = json.loads((tmp_path / "accuracy.json").read_text())
     assert set(figures) == {"outliers", "long"}
-    assert [row["recipe"] for row in figures["long"]["figures"]][0] == run_accuracy.UNTRANSFORMED
+    assert figures["long"]["figures"][0]["recipe"] == run_accuracy.UNTRANSFORMED
     assert figures["outliers"]["settings"]["quick"]
     assert (tmp_path / "outliers_centered.png").exists() and (tmp_path / "outliers_paper.png").exists()

@@ -523,15 +523,17 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
         super()._begin_positions(batched, start)
 
     def _check_fits(self, count: int) -> None:
-        """Raise where `count` new tokens have no room. On a GPU only what needs no synchronisation is checked:
-        a token too many then fails in the kernel that would write it."""
+        """Raise where `count` new tokens have no room.
+
+        On a GPU only what needs no synchronisation is checked: a token too many fails when it is written.
+        """
         held, length = 0, self.cumulative_length
         if self.is_initialized and length.device.type == "cpu" and not torch.compiler.is_compiling():
             held = int(length)
         if held + count > self.max_cache_len:
             raise StateError(
-                f"{count} new tokens do not fit a static cache of {self.max_cache_len} that holds {held}; allocate "
-                "a longer one (max_cache_len), or prefill a shorter prompt."
+                f"{count} new tokens do not fit a static cache of {self.max_cache_len} that holds {held}; "
+                "allocate a longer one (max_cache_len), or prefill a shorter prompt."
             )
 
     def _in_order(self) -> bool:
@@ -540,7 +542,7 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
     def _change_batch(self, batch: int, function: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized and batch != self.batch_size:
             raise StateError(
-                f"a static cache of batch size {self.batch_size} cannot change to {batch}; allocate a new one."
+                f"a static cache of batch size {self.batch_size} cannot change to {batch}; allocate another."
             )
         super()._change_batch(batch, function)
 

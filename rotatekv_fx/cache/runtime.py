@@ -46,10 +46,11 @@ class AttentionRuntime(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionRuntime:
         """Follow the model's device, but keep constants in the precision they were computed in."""
-        dtypes = {name: buffer.dtype for name, buffer in self.named_buffers()}
+        before = dict(self.named_buffers())
         super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            self._buffers[name] = self._buffers[name].to(dtype)
+        for name, after in list(self.named_buffers()):
+            path, _, last = name.rpartition(".")
+            self.get_submodule(path)._buffers[last] = before[name].to(after.device)
         return self
 
     def update(

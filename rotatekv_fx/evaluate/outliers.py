@@ -82,8 +82,8 @@ def key_outliers(
 
     Returns:
         A row for each layer: {"layer", "steps": {step: [Hkv ratios]}}; a ratio is the RMS of a head's
-        largest channel over its median channel's, 1 where all are alike. Heads that a step mixes, and channels
-        that it sorts, count in their new places.
+        largest channel over its median channel's, 1 where all are alike. Heads that a step mixes and channels
+        that it sorts count in their new places.
     """
     sites = attention_sites(model)
     recipe, energies = recipes.get(config.recipe), {}

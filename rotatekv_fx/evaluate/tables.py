@@ -31,7 +31,7 @@ def comparison_table(figures: Mapping[str, Any]) -> Table:
         "perplexity",
         "seconds",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for row in rows:
         table.add_row(
             row["recipe"],

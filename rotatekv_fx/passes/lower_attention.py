@@ -1,6 +1,6 @@
 """lower_attention: the stored form goes to the packed cache, and the attention reads what the cache holds.
 
-    before:  exact_key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(., ., ., mask)
+    before:  exact_key -> quantize -> dequantize -> restore_sinks -> key_read -> ... -> attention(.., mask)
              value --------------------- alike -----------------> value_read --------------^
 
     after:   runtime.update(cache, exact_key, value, positions, residual, mask)

@@ -25,7 +25,7 @@ from rotatekv_fx.recipes.base import (
 
 TILE_ROWS = 16  # query rows of a tensor-core tile; head_group * (query heads of a KV head) stays within
 MEAN_SHARE = 0.999  # of the mean's query-weighted energy that the position term carries
-# Share of a group's range that the codes span, by bits: the best on text used for neither calibration nor test.
+# Share of a group's range that the codes span, by bits: best on text used for neither calibration nor test.
 CLIP = {2: 0.7, 3: 0.875, 4: 0.95, 8: 1.0}
 EIGENVALUE_FLOOR = 1e-6  # relative to the largest
 
