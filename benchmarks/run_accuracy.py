@@ -37,12 +37,12 @@ from rotatekv_fx.evaluate import (
     start_tokens,
 )
 from rotatekv_fx.evaluate.baselines import evaluate_caches, kivi_cache, quantized_cache
-from rotatekv_fx.evaluate.decoding import Answers
+from rotatekv_fx.evaluate.comparison import compare_on_tasks
 from rotatekv_fx.evaluate.long_generation import long_generation
 from rotatekv_fx.evaluate.outliers import key_outliers
 from rotatekv_fx.evaluate.plots import plot_outliers, plot_rate, plot_recall
-from rotatekv_fx.evaluate.reasoning import solve, word_problem_cases
-from rotatekv_fx.evaluate.recall import by_place, recall, recall_cases
+from rotatekv_fx.evaluate.reasoning import word_problem_cases
+from rotatekv_fx.evaluate.recall import recall_cases
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 1024
@@ -160,24 +160,19 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
     each = -(-sizes.cases // (len(sizes.lengths) * len(sizes.depths)))
     problems = word_problem_cases(tokenizer, sizes.cases, sizes.lengths)
     facts = recall_cases(tokenizer, bench.filler, sizes.lengths, sizes.depths, each)
-    tasks: dict[str, dict[str, Any]] = {"word_problems": {}, "recall": {}}
-    first: dict[str, Answers] = {}
-    for name, config in {
-        UNTRANSFORMED: None,
-        **{f"{recipe}, window {window}": config_of(recipe, 2, window) for recipe, window in windowed()},
-    }.items():
-        model = bench.model if config is None else bench.transformed(config)
-        answers = {
-            "word_problems": solve(model, tokenizer, problems, batch=20),
-            "recall": recall(model, tokenizer, facts, batch=20),
-        }
-        first = first or answers
-        for task, given in answers.items():
-            figures = {**given.summary(), "minus_16_bit": given.minus(first[task])}
-            tasks[task][name] = figures
-            print(f"{task:14} {name:22} {figures['right']}/{figures['cases']}", flush=True)
-        tasks["recall"][name]["places"] = by_place(facts, answers["recall"])
-    return tasks
+    models = {UNTRANSFORMED: bench.model}
+    for recipe, window in windowed():
+        models[f"{recipe}, window {window}"] = bench.transformed(config_of(recipe, 2, window))
+    figures = compare_on_tasks(models, tokenizer, problems, facts, batch=20)
+    for task, rows in figures.items():
+        for row in rows:
+            low, high = row["difference"]["interval"]
+            print(
+                f"{task:14} {row['recipe']:22} {row['right']}/{row['cases']}  "
+                f"{row['difference']['points']:+.1f} points ({low:+.1f} to {high:+.1f})",
+                flush=True,
+            )
+    return figures
 
 
 def measure_long(bench: Bench) -> list[dict[str, Any]]:
@@ -223,7 +218,8 @@ def draw(part: str, figures: Any, out: Path) -> None:
         plot_rate(figures["rows"], figures["untransformed_perplexity"], out / "rate.png")
     elif part == "tasks":
         shown = (UNTRANSFORMED, f"centered, window {WINDOW}")
-        plot_recall({name: figures["recall"][name]["places"] for name in shown}, out / "recall.png")
+        places = {row["recipe"]: row["places"] for row in figures["recall"] if row["recipe"] in shown}
+        plot_recall(places, out / "recall.png")
     elif part == "outliers":
         for recipe, rows in figures.items():
             plot_outliers(rows, f"Key outliers, recipe {recipe}", out / f"outliers_{recipe}.png")

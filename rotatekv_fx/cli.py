@@ -22,7 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotatekv_fx import Calibration, RotateKVConfig, inspect_model, recipes, report, transform
+from rotatekv_fx import Calibration, RotateKVConfig, calibrate, inspect_model, recipes, report, transform
+from rotatekv_fx.collect import generate_windows
 from rotatekv_fx.errors import InputError, RotateKVError
 from rotatekv_fx.evaluate import (
     CALIBRATION_CONTEXT,
@@ -39,11 +40,21 @@ from rotatekv_fx.evaluate import (
     read_text,
     side_by_side,
     start_tokens,
+    tasks_table,
 )
+from rotatekv_fx.evaluate.comparison import compare_on_tasks
+from rotatekv_fx.evaluate.outliers import key_outliers
+from rotatekv_fx.evaluate.plots import plot_outliers
+from rotatekv_fx.evaluate.reasoning import NEW_TOKENS as WORKED_TOKENS
+from rotatekv_fx.evaluate.reasoning import word_problem_cases
+from rotatekv_fx.evaluate.recall import recall_cases
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"  # in a checkout; not part of a wheel
 _RECIPES = list(dict.fromkeys(["none", "paper", RotateKVConfig.recipe]))  # compared if none is named
 _DEMO_PROMPT_CHARACTERS = 3000
+_TASK_RECIPES = [RotateKVConfig.recipe]
+_TASK_LENGTHS, _TASK_DEPTHS = [700, 1900], [0.0, 0.5, 1.0]
+_OUTLIER_WINDOWS = 4
 
 _out = Console()
 _err = Console(stderr=True)
@@ -84,15 +95,29 @@ Sinks = Annotated[int, typer.Option(help="Largest activations that name exact to
 
 @app.command("inspect")
 def inspect_command(
-    model: Model, dtype: Dtype = "auto", device: Device = "cpu", json_file: JsonFile = None
+    model: Model,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw key outliers, step by step of --recipe, there.")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Whose steps --plots shows.")] = RotateKVConfig.recipe,
+    calibration_text: CalibrationText = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json_file: JsonFile = None,
 ) -> None:
     """Show which attention modules match, and why others do not. Nothing is transformed."""
     _check_output(json_file)
+    if plots is None and calibration_text is not None:
+        raise InputError("--calibration-text serves --plots; add --plots DIR, or leave it out.")
+    configs, source = _configs([recipe]), CalibrationSource.open(text=calibration_text)
     loaded = _load_model(model, dtype, device)
     with _err.status("Capturing the attention modules"):
         found = inspect_model(loaded)
     _out.print(found.table())
-    _write_json(json_file, {"model": model, "report": found.as_dict()})
+    figures: dict[str, Any] = {"model": model, "report": found.as_dict()}
+    if plots is not None:
+        figures["key_outliers"] = _draw_outliers(loaded, load_tokenizer(model), configs[0], source, plots)
+    _write_json(json_file, figures)
 
 
 @app.command("calibrate")
@@ -166,6 +191,66 @@ def eval_command(
             "context": context,
             "windows": windows,
             "start_token": tokenizer.bos_token_id,
+            "dtype": str(loaded.dtype).removeprefix("torch."),
+            "device": device,
+            **figures,
+        },
+    )
+
+
+@app.command("eval-tasks")
+def eval_tasks_command(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="Running text that facts are put in.")],
+    recipe: Annotated[
+        list[str], typer.Option(help="How the cache is stored; may be given again.")
+    ] = _TASK_RECIPES,
+    bits: Bits = None,
+    key_bits: KeyBits = None,
+    value_bits: ValueBits = None,
+    window: Window = None,
+    group_size: GroupSize = None,
+    sinks: Sinks = RotateKVConfig.sinks,
+    cases: Annotated[int, typer.Option(min=1, help="Cases of each task, at least.")] = 40,
+    length: Annotated[
+        list[int], typer.Option(min=100, help="Tokens of a prompt; may be given again.")
+    ] = _TASK_LENGTHS,
+    depth: Annotated[
+        list[float], typer.Option(min=0, max=1, help="Share of the text before the fact; may be given again.")
+    ] = _TASK_DEPTHS,
+    seed: Annotated[int, typer.Option(help="Of the cases.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
+    calibration: CalibrationFile = None,
+    calibration_text: CalibrationText = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    json_file: JsonFile = None,
+) -> None:
+    """Word problems and recalled facts: answers on packed caches, paired with the untransformed model's.
+
+    The bundled model was trained on both; another model may solve neither.
+    """
+    _check_output(json_file)
+    configs = _configs(recipe, bits, key_bits, value_bits, window, group_size, sinks)
+    filler, source = read_text(text), CalibrationSource.open(calibration, calibration_text)
+    loaded, tokenizer = _load(model, dtype, device)
+    check_context(loaded, max(length) + WORKED_TOKENS)
+    problems = word_problem_cases(tokenizer, cases, length, seed)
+    facts = recall_cases(tokenizer, filler, length, depth, -(-cases // (len(length) * len(depth))), seed)
+    statistics, origin = _calibrate(source, configs, loaded, tokenizer, CALIBRATION_CONTEXT)
+    candidates = _transformed(loaded, configs, statistics)
+    models = {"untransformed": loaded, **{config.recipe: one for config, one in candidates.items()}}
+    with _progress("Answering") as advance:
+        figures = compare_on_tasks(models, tokenizer, problems, facts, batch, advance)
+    _out.print(tasks_table(figures))
+    _write_json(
+        json_file,
+        {
+            "model": model,
+            "text": str(text),
+            "calibration": origin,
+            "configs": [dataclasses.asdict(config) for config in configs],
+            "seed": seed,
             "dtype": str(loaded.dtype).removeprefix("torch."),
             "device": device,
             **figures,
@@ -404,6 +489,29 @@ def _compare(
         figures = evaluate(model, candidates, windows, advance)
     _out.print(comparison_table(figures))
     return figures
+
+
+def _draw_outliers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RotateKVConfig,
+    source: CalibrationSource,
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Key outliers on a few windows of the calibration text, or of text that the model writes, as a figure."""
+    if source.text is None:
+        windows = [window[None] for window in generate_windows(model)]
+    else:
+        ids = encode(tokenizer, source.text)
+        windows = cut_windows(ids, CALIBRATION_CONTEXT, start_tokens(tokenizer))[:CALIBRATION_WINDOWS]
+    with _progress("Calibrating") as advance:
+        statistics = calibrate(model, windows, progress=advance)
+    rows = key_outliers(model, config, statistics, windows[:_OUTLIER_WINDOWS])
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"outliers_{config.recipe}.png"
+    plot_outliers(rows, f"Key outliers, recipe {config.recipe}", file)
+    _print_line(f"Wrote {escape(str(file))}.")
+    return rows
 
 
 def _first_sentences(text: str, characters: int) -> str:

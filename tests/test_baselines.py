@@ -198,9 +198,7 @@ def test_quantized_cache_runs_and_is_counted(tiny_model):
     pytest.importorskip("hqq")
     windows = [torch.arange(5, 101)[None]]
     sites = inspect_model(tiny_model).sites
-    makers = {
-        str(bits): lambda bits=bits: quantized_cache(tiny_model, "quanto", bits, 32, 32) for bits in (2, 4)
-    }
-    two, four = evaluate_caches(tiny_model, makers, windows, sites, step=1)
+    makers = {b: lambda b=b: quantized_cache(tiny_model, "hqq", b, 32, 32) for b in (2, 4)}
+    two, four = evaluate_caches(tiny_model, makers, windows, sites, step=16)
     assert 0 < four["kl"] < two["kl"]
     assert 2 < two["bits_per_element"] < four["bits_per_element"] < 32

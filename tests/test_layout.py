@@ -49,7 +49,9 @@ ALLOWED = {
     },
     "backend": {"cache", "calibration", "ops", "passes", "recipes", "report", "rope", *FOUNDATION, *GRAPHS},
     "export": {"api", "cache", "calibration", "ops", "recipes", "report", "rope", *FOUNDATION},
-    "evaluate": {"", "api", "cache", "calibration", "recipes", "report", *FOUNDATION},
+    "evaluate": {
+        *("", "api", "cache", "calibration", "collect", "recipes", "report", "rope", *FOUNDATION, *GRAPHS)
+    },
     "cli": {"", "api", "cache", "calibration", "evaluate", "export", "recipes", "report", *FOUNDATION},
     "": {
         "api",

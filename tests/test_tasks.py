@@ -9,9 +9,10 @@ import pytest
 
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.evaluate import load_tokenizer, read_text
+from rotatekv_fx.evaluate.comparison import compare_on_tasks
 from rotatekv_fx.evaluate.decoding import Answers, answer, wilson
 from rotatekv_fx.evaluate.reasoning import solve, word_problem_cases
-from rotatekv_fx.evaluate.recall import by_place, recall, recall_cases
+from rotatekv_fx.evaluate.recall import by_place, recall_cases
 from rotatekv_fx.evaluate.tasks import (
     Case,
     code_found,
@@ -129,6 +130,21 @@ def test_paired_difference_counts_what_changed():
         Answers((True, True)).minus(sixteen)
 
 
+def test_places_keep_lengths_and_depths_apart():
+    cases = [
+        Case("", "1", 700, 0.0),
+        Case("", "1", 700, 1.0),
+        Case("", "1", 900, 0.0),
+        Case("", "1", 700, 0.0),
+    ]
+    places = by_place(cases, Answers((True, False, True, False)))
+    assert [(p["length"], p["depth"], p["right"], p["cases"]) for p in places] == [
+        (700, 0.0, 1, 2),
+        (700, 1.0, 0, 1),
+        (900, 0.0, 1, 1),
+    ]
+
+
 def test_wilson_interval_of_a_known_case():
     assert wilson(8, 10) == pytest.approx([49.02, 94.33], abs=0.02)  # Wilson (1927), n = 10
     assert wilson(0, 5)[0] == 0.0
@@ -137,18 +153,19 @@ def test_wilson_interval_of_a_known_case():
 
 def test_the_reference_model_solves_and_recalls(reference_model, tokenizer, filler):
     problems = word_problem_cases(tokenizer, 3, (60, 120))
-    assert sum(solve(reference_model, tokenizer, problems).correct) >= 2
     facts = recall_cases(tokenizer, filler, (150, 250), (0.0, 1.0), 1)
-    answers = recall(reference_model, tokenizer, facts)
-    assert sum(answers.correct) >= 3
-    places = by_place(facts, answers)
+    figures = compare_on_tasks({"own": reference_model}, tokenizer, problems, facts)
+    assert figures["word_problems"][0]["right"] >= 2
+    assert figures["recall"][0]["right"] >= 3
+    assert figures["recall"][0]["difference"]["points"] == 0.0
+    places = figures["recall"][0]["places"]
     assert [(p["length"], p["depth"], p["cases"]) for p in places] == [
         (150, 0.0, 1),
         (150, 1.0, 1),
         (250, 0.0, 1),
         (250, 1.0, 1),
     ]
-    assert [p["right"] for p in places] == list(answers.correct)
+    assert sum(p["right"] for p in places) == figures["recall"][0]["right"]
 
 
 def test_answers_stay_with_their_cases_whatever_the_batch(reference_model, tokenizer):

@@ -460,7 +460,9 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     def _limit(self) -> None:
         """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
         limit = None if self.record_past else self.sliding_window
-        self.history.limit = None if limit is None else limit - min(self.spec.recent, limit)
+        recent = self.spec.recent if limit is None else min(self.spec.recent, limit)
+        self.recent.limit = recent
+        self.history.limit = None if limit is None else limit - recent
         if self.positions is not None:
             self.positions.store.limit = limit
 

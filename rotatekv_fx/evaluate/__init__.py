@@ -5,7 +5,7 @@ from rotatekv_fx.evaluate.loading import DTYPES, check_context, load_model, load
 from rotatekv_fx.evaluate.memory import bits_per_element, cache_elements, sixteen_bit_nbytes
 from rotatekv_fx.evaluate.perplexity import WindowScore, evaluate, score
 from rotatekv_fx.evaluate.statistics import CALIBRATION_CONTEXT, CALIBRATION_WINDOWS, CalibrationSource
-from rotatekv_fx.evaluate.tables import comparison_table, side_by_side
+from rotatekv_fx.evaluate.tables import comparison_table, side_by_side, tasks_table
 from rotatekv_fx.evaluate.text import cut_windows, encode, read_text, start_tokens
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "side_by_side",
     "sixteen_bit_nbytes",
     "start_tokens",
+    "tasks_table",
 ]

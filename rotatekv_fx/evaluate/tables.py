@@ -46,6 +46,27 @@ def comparison_table(figures: Mapping[str, Any]) -> Table:
     return table
 
 
+def tasks_table(figures: Mapping[str, Any]) -> Table:
+    """What `compare_on_tasks` returns, one line a task and model."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in ("task", "recipe"):
+        table.add_column(name)
+    for name in ("right", "accuracy", "difference", "95% interval"):
+        table.add_column(name, justify="right")
+    for task, rows in figures.items():
+        for row in rows:
+            low, high = row["difference"]["interval"]
+            table.add_row(
+                task.replace("_", " "),
+                row["recipe"],
+                f"{row['right']}/{row['cases']}",
+                f"{row['accuracy']:.1f}%",
+                f"{row['difference']['points']:+.1f}",
+                f"{low:+.1f} to {high:+.1f}",
+            )
+    return table
+
+
 def side_by_side(continuations: Mapping[str, Mapping[str, Any]]) -> Table:
     """Continuations (of `continue_greedily`) in columns, by title, each over its cache's bytes."""
     table = Table(show_lines=True)
