@@ -498,7 +498,7 @@ def _draw_outliers(
     source: CalibrationSource,
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Key outliers on a few windows of the calibration text, or of text that the model writes, as a figure."""
+    """Key outliers on a few windows of the calibration text, or of text that the model writes."""
     if source.text is None:
         windows = [window[None] for window in generate_windows(model)]
     else:

@@ -52,7 +52,18 @@ ALLOWED = {
     "evaluate": {
         *("", "api", "cache", "calibration", "collect", "recipes", "report", "rope", *FOUNDATION, *GRAPHS)
     },
-    "cli": {"", "api", "cache", "calibration", "evaluate", "export", "recipes", "report", *FOUNDATION},
+    "cli": {
+        "",
+        "api",
+        "cache",
+        "calibration",
+        "collect",
+        "evaluate",
+        "export",
+        "recipes",
+        "report",
+        *FOUNDATION,
+    },
     "": {
         "api",
         "cache",
