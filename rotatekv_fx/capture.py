@@ -375,6 +375,9 @@ def _capture_module(
             program = torch.export.export(
                 _Wrapped(call.module, leaves, spec), (tensors,), dynamic_shapes=(shapes,), strict=False
             )
+        if arguments and config._attn_implementation == "sdpa":
+            # transformers' SDPA knows no soft-cap: 5.17 drops one (gemma2), later versions refuse it
+            arguments[-1].static.pop("softcap", None)
         return program, arguments[-1] if arguments else None
 
     program, arguments = export(marked=True)
