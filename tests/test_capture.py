@@ -72,7 +72,10 @@ def test_placeholders_are_the_inputs_and_read_nothing_but_parameters(name):
     ],
 )
 def test_arguments_of_the_attention_are_kept(name, static, extra):
-    _, (one,) = zoo.captured(name)
+    model = zoo.build(name, layers=1)
+    if "softcap" in static:  # transformers' SDPA takes none: 5.17 drops it
+        model.set_attn_implementation("eager")
+    (one,) = capture(model)
     assert one.arguments.static.items() >= static.items()
     assert one.arguments.extra_names == extra
     assert len(nodes(one.graph, ATTENTION)[0].args[4]) == len(extra)
