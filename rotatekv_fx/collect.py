@@ -282,9 +282,12 @@ def _bar(label: str, progress: Progress | None) -> Iterator[Progress]:
         yield progress
         return
     with tqdm(desc=label, leave=False) as bar:
+        shown = 0
 
         def advance(done: int, total: int) -> None:
+            nonlocal shown
             bar.total = total or None
-            bar.update(done - bar.n)
+            bar.update(done - shown)
+            shown = done
 
         yield advance

@@ -14,9 +14,10 @@ from transformers import DynamicCache
 from zoo import one_thread  # noqa: F401
 
 import rotatekv_fx as rk
-from rotatekv_fx import Calibration, RotateKVConfig, collect
+from rotatekv_fx import Calibration, collect
 from rotatekv_fx.calibration import FORMAT, model_fingerprint
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.sites import find_sites
 
 
 def equal(one, other):
@@ -35,6 +36,12 @@ def llama():
 @pytest.fixture(scope="module")
 def calibration():
     return zoo.shared_calibration("llama", 1)
+
+
+def collected(data=None, seed=0, progress=zoo.quiet):
+    """As `rotatekv_fx.calibrate` does, with a model that is traced once."""
+    sites, _ = find_sites(zoo.captured("llama"))
+    return collect.collect(zoo.shared("llama", 1), sites, data, seed, progress)
 
 
 @pytest.fixture
@@ -99,27 +106,29 @@ def test_the_model_is_left_alone(llama, calibration):
         assert torch.equal(llama(ids, attention_mask=mask).logits, before)
 
 
-def test_rows_and_batches_of_one_are_the_same(llama, calibration):
-    rows = [window[None] for window in zoo.windows()]
-    assert equal(rk.calibrate(llama, rows, progress=zoo.quiet), calibration)
-    generated = rk.calibrate(llama, iter(zoo.windows()), progress=zoo.quiet)
-    assert equal(generated, calibration)
-    int32 = [window.int() for window in zoo.windows()]
-    assert equal(rk.calibrate(llama, int32, progress=zoo.quiet), calibration)
+def test_calibrate(llama, calibration):
+    """All that the other tests take from `collect`, from outside."""
+    assert equal(rk.calibrate(llama, zoo.windows(), progress=zoo.quiet), calibration)
 
 
-def test_other_text_gives_other_statistics(llama, calibration):
-    other = rk.calibrate(llama, zoo.windows(seed=6), progress=zoo.quiet)
+def test_rows_and_batches_of_one_are_the_same(calibration):
+    assert equal(collected([window[None] for window in zoo.windows()]), calibration)
+    assert equal(collected(iter(zoo.windows())), calibration)
+    assert equal(collected([window.int() for window in zoo.windows()]), calibration)
+
+
+def test_other_text_gives_other_statistics(calibration):
+    other = collected(zoo.windows(seed=6))
     assert not equal(other, calibration)
     assert other.fingerprint == calibration.fingerprint
 
 
-def test_progress_is_reported(llama):
+def test_progress_is_reported():
     steps = []
-    rk.calibrate(llama, zoo.windows(2, 8), progress=lambda *step: steps.append(step))
+    collected(zoo.windows(2, 8), progress=lambda *step: steps.append(step))
     assert steps == [(1, 2), (2, 2)]
     steps.clear()
-    rk.calibrate(llama, iter(zoo.windows(2, 8)), progress=lambda *step: steps.append(step))
+    collected(iter(zoo.windows(2, 8)), progress=lambda *step: steps.append(step))
     assert steps == [(1, 0), (2, 0)]
 
 
@@ -139,15 +148,14 @@ def test_progress_is_reported(llama):
     ],
 )
 def test_windows_that_are_no_token_ids(data, message):
-    model = zoo.shared("llama", 1)
     with pytest.raises(CalibrationError, match=message):
-        rk.calibrate(model, data, progress=zoo.quiet)
-    assert not any(m._forward_pre_hooks for m in model.modules())
+        collected(data)
+    assert not any(m._forward_pre_hooks for m in zoo.shared("llama", 1).modules())
 
 
 def test_a_bad_window_among_good_ones_is_refused():
     with pytest.raises(CalibrationError, match="integer token ids"):
-        rk.calibrate(zoo.shared("llama", 1), [*zoo.windows(), torch.randn(5)], progress=zoo.quiet)
+        collected([*zoo.windows(), torch.randn(5)])
 
 
 def test_statistics_that_are_not_finite():
@@ -167,8 +175,8 @@ def test_a_model_writes_its_own_text(short, llama):
     assert torch.equal(torch.get_rng_state(), state)
     assert float(found.layers[0].tokens) == 3 * 24
     assert "self-generated, seed 0" in found.source
-    assert equal(rk.calibrate(llama, progress=zoo.quiet), found)
-    assert not equal(rk.calibrate(llama, seed=1, progress=zoo.quiet), found)
+    assert equal(collected(), found)
+    assert not equal(collected(seed=1), found)
 
 
 def test_windows_it_writes(short, llama):
@@ -194,9 +202,7 @@ def test_windows_fit_the_model(short):
 
 
 def test_settings_of_generation_do_not_matter(short):
-    """Sampling is at temperature 1 from the whole vocabulary, whatever the model's own generation config
-    says.
-    """
+    """Sampling is at temperature 1 from the whole vocabulary, whatever the generation config says."""
     model = copy.deepcopy(zoo.shared("llama"))
     expected = collect.generate_windows(model, progress=zoo.quiet)
     model.generation_config.update(do_sample=True, temperature=0.01, top_k=1, num_beams=2, max_length=5)
@@ -217,8 +223,7 @@ def test_transform_lets_the_model_write_its_calibration(short, llama):
         logger.removeHandler(handler)
         logger.setLevel(level)
     assert any("writes 3 windows itself" in message for message in said)
-    config = RotateKVConfig(recipe="paper", sinks=0)
-    same = rk.transform(copy.deepcopy(llama), config, rk.calibrate(llama, progress=zoo.quiet))
+    same = zoo.transformed(llama, "paper", collected(), sinks=0)
     state, expected = packed.state_dict(), same.state_dict()
     assert all(torch.equal(state[key], expected[key]) for key in expected)
     other = zoo.transformed(llama, "paper", sinks=0, seed=1).state_dict()
@@ -372,6 +377,13 @@ def test_another_model_is_refused(calibration, change):
         calibration.check(model)
 
 
+@pytest.mark.xfail(strict=True, reason="float16, then bfloat16, is not always bfloat16 at once")
+def test_fingerprint_of_the_model_in_float16():
+    """A calibration of the model in one dtype serves it in another."""
+    one = model_fingerprint(zoo.shared("llama"))
+    assert model_fingerprint(zoo.build("llama", dtype=torch.float16)) == one
+
+
 def test_fingerprints():
     one = model_fingerprint(zoo.shared("llama"))
     assert model_fingerprint(zoo.build("llama")) == one
@@ -381,5 +393,6 @@ def test_fingerprints():
     eager = zoo.build("llama")
     eager.set_attn_implementation("eager")
     assert model_fingerprint(eager) == one
-    assert model_fingerprint(zoo.packed("llama", sinks=0)) != one
-    assert model_fingerprint(rk.restore(copy.deepcopy(zoo.packed("llama", sinks=0)))) == one
+    packed = zoo.packed("llama", sinks=0)
+    assert model_fingerprint(packed) != one
+    assert model_fingerprint(rk.restore(copy.deepcopy(packed))) == one

@@ -1,6 +1,4 @@
-"""`generate` on transformed models: recipe `none` gives the tokens of the untransformed model, whatever the
-cache.
-"""
+"""`generate` on transformed models: recipe `none` gives the untransformed model's tokens on any cache."""
 
 import copy
 
@@ -23,6 +21,8 @@ MODES = {
 ARCHITECTURES = (*zoo.DECODERS, "gptj")
 SLIDING = {"mistral": (0, 1), "gemma2": (0,), "gpt_oss": (0,)}
 INLINE = ("gptj",)
+# Their layers are alike, and tracing takes long.
+ONE_LAYER = ("qwen2", "phi3", "gpt_neox", "falcon", "olmo2", "cohere", "glm", "gptj")
 
 
 def generate(model, **options):
@@ -41,7 +41,7 @@ class Pair:
     """An untransformed model, its transformed copy, and what both generate, computed once."""
 
     def __init__(self, name):
-        layers = 1 if name == "gptj" else 2  # tracing its attention takes long
+        layers = 1 if name in ONE_LAYER else 2
         self.name, self.original = name, zoo.shared(name, layers)
         self.transformed = zoo.packed(name, "none", layers)
         self.outputs = {}

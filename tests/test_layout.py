@@ -178,7 +178,7 @@ def importable_elsewhere(name):
     """Whether a package of that name is installed, leaving this repository out of the search."""
     elsewhere = [entry for entry in sys.path if entry and Path(entry).resolve() not in (ROOT, ROOT / "tests")]
     found = importlib.machinery.PathFinder.find_spec(name, elsewhere)
-    return found is not None and found.origin is not None and ROOT not in Path(found.origin).resolve().parents
+    return found is not None and found.origin is not None
 
 
 # Packages that transformers or torch look for by name and import if they find them.

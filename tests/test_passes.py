@@ -18,19 +18,10 @@ from rotatekv_fx.passes.base import Pass, Rewrite
 from rotatekv_fx.passes.normalize import normalize
 from rotatekv_fx.passes.pipeline import INSERT, LOWER, check_order, run_passes
 from rotatekv_fx.recipes import LayerPlan, LayerShape
-from rotatekv_fx.sites import ATTENTION, KV_UPDATE, find_sites
+from rotatekv_fx.sites import ATTENTION, KV_UPDATE
 
 CLOSE_IN_CODES = 0.02
 rotatekv = torch.ops.rotatekv
-
-
-def fresh_site(model):
-    """A site of the first attention module that passes may rewrite."""
-    captured = capture(model)
-    normalize(captured[0])
-    (site,), rejections = find_sites(captured[:1])
-    assert rejections == []
-    return site
 
 
 def rewrite_of(site, calibration, **settings):
@@ -161,7 +152,7 @@ def test_nothing_runs_in_the_wrong_order():
 def test_counts_and_dumps_come_in_order():
     seen = []
     passes = (Pass("one", (), lambda r: {"a": 1}), Pass("two", ("one",), lambda r: {"b": 2}))
-    rewrite = Rewrite(fresh_site(zoo.shared("llama", 1)), LayerPlan())
+    rewrite = Rewrite(zoo.fresh_site("llama"), LayerPlan())
     counts = run_passes(rewrite, passes, dump=lambda name, graph: seen.append((name, graph)))
     assert counts == {"one": {"a": 1}, "two": {"b": 2}}
     assert seen == [(name, rewrite.graph) for name in ("before", "one", "two")]
@@ -203,7 +194,7 @@ def test_recipe_none_inserts_nothing():
 def steps():
     """Targets in the graph of a site, before the passes and after each."""
     found = {}
-    rewrite = rewrite_of(fresh_site(zoo.shared("llama", 1)), zoo.shared_calibration("llama", 1))
+    rewrite = rewrite_of(zoo.fresh_site("llama"), zoo.shared_calibration("llama", 1))
 
     def keep(name, graph):
         found[name] = [str(n.target) for n in graph.nodes]
@@ -263,7 +254,7 @@ def test_functional_graph_equals_the_packed_model(name, sinks, close):
     """The INSERT passes alone give a graph that needs no cache; lowering it must not change a number."""
     model, calibration = zoo.shared(name, 1), zoo.shared_calibration(name, 1)
     packed = zoo.packed(name, layers=1, sinks=sinks)
-    rewrite = rewrite_of(fresh_site(model), calibration, sinks=sinks)
+    rewrite = rewrite_of(zoo.fresh_site(name), calibration, sinks=sinks)
     run_passes(rewrite, INSERT)
     rewrite.graph.lint()
     exact, seen = Seen(model, rewrite.site), Seen(packed, rewrite.site)
@@ -276,7 +267,7 @@ def test_functional_graph_equals_the_packed_model(name, sinks, close):
 def test_online_rotation_equals_the_merged_one(name):
     model, calibration, outputs = zoo.shared(name, 1), zoo.shared_calibration(name, 1), []
     for merge in (True, False):
-        site = fresh_site(model)
+        site = zoo.fresh_site(name)
         if not merge:
             site.key_projection = site.value_projection = site.output_projection = None
         rewrite = rewrite_of(site, calibration, sinks=0)
@@ -294,7 +285,7 @@ def test_online_rotation_equals_the_merged_one(name):
 def test_rotation_alone_changes_nothing():
     """Without a quantizer, merged rotations cancel."""
     model = zoo.shared("llama", 1)
-    rewrite = rewrite_of(fresh_site(model), zoo.shared_calibration("llama", 1), sinks=0)
+    rewrite = rewrite_of(zoo.fresh_site("llama"), zoo.shared_calibration("llama", 1), sinks=0)
     run_passes(rewrite, INSERT[:1])
     assert set(rewrite.folded) == {"k_proj.weight", "v_proj.weight", "o_proj.weight"}
     seen = Seen(model, rewrite.site)
@@ -302,7 +293,7 @@ def test_rotation_alone_changes_nothing():
 
 
 def test_folded_parameters_are_float64_until_they_are_bound():
-    rewrite = rewrite_of(fresh_site(zoo.shared("qwen2", 1)), zoo.shared_calibration("qwen2", 1))
+    rewrite = rewrite_of(zoo.fresh_site("qwen2"), zoo.shared_calibration("qwen2", 1))
     run_passes(rewrite)
     own = rewrite.site.capture.module.state_dict()
     assert set(rewrite.folded) == {f"{p}_proj.{k}" for p in "kv" for k in ("weight", "bias")} | {
@@ -346,7 +337,7 @@ def test_normalize_changes_the_spelling_only(name):
 def test_positions_may_come_once_for_the_batch():
     """Sizes are read from hidden states, so that rows of batch 1 serve a batch of 3."""
     model = zoo.shared("llama", 1)
-    site = fresh_site(model)
+    site = zoo.fresh_site("llama")
     run_passes(rewrite := rewrite_of(site, zoo.shared_calibration("llama", 1), sinks=0), INSERT)
     seen = Seen(model, site)
     several = seen.through(rewrite)

@@ -34,10 +34,9 @@ EXPECTED = {
 
 
 def site_of(name):
-    model, captures = zoo.captured(name)
-    (site,), rejections = find_sites(captures)
+    (site,), rejections = find_sites(zoo.captured(name))
     assert rejections == []
-    return model, site
+    return zoo.shared(name, 1), site
 
 
 @torch.no_grad()
@@ -102,9 +101,7 @@ def test_key_and_value_are_those_of_the_models_own_cache(found):
 
 @torch.no_grad()
 def test_replayed_rope_takes_other_lengths_and_batches(found):
-    """It is applied to all cached tokens, not only to those of the call, and rows may be shared by the
-    batch.
-    """
+    """It is applied to all cached tokens, not only to a call's own, and a batch may share its rows."""
     _, site, inputs, _ = found
     positions = [inputs[p.name] for p in site.positional]
     key = torch.randn(3, site.kv_heads, 14, 32)
@@ -140,7 +137,7 @@ def test_output_features_are_a_permutation(found):
 
 def test_find_sites_reads_only(found):
     name, *_ = found
-    _, captures = zoo.captured(name)
+    captures = zoo.captured(name)
     before = [(n.name, n.target, n.args, n.kwargs) for n in captures[0].graph.nodes]
     find_sites(captures)
     assert [(n.name, n.target, n.args, n.kwargs) for n in captures[0].graph.nodes] == before
@@ -153,10 +150,7 @@ def test_rope_operations(found):
 
 
 def test_a_layer_without_rope():
-    captures = capture(zoo.build("smollm3"))
-    for one in captures:
-        normalize(one)
-    (_, without), rejections = find_sites(captures)
+    (_, without), rejections = find_sites(zoo.captured("smollm3", 2))
     assert rejections == []
     assert without.rope_operations() == []
     assert without.positional == []
@@ -177,7 +171,7 @@ def rejected(model):
 
 
 def test_a_latent_cache_is_rejected_with_its_node():
-    model, captures = zoo.captured("deepseek_v3")
+    captures = zoo.captured("deepseek_v3")
     sites, (rejection,) = find_sites(captures)
     assert sites == []
     assert (rejection.name, rejection.layer_index) == ("model.layers.0.self_attn", 0)
@@ -280,7 +274,7 @@ class GatedByTheSameWeight(LlamaAttention):
     "kind",
     [
         GatedByTheKey,
-        (GatedByTheSameWeight),
+        GatedByTheSameWeight,
     ],
 )
 def test_a_projection_that_feeds_something_else_is_not_merged(kind):

@@ -1,6 +1,4 @@
-"""transform, restore and what they refuse: a model is changed as reported, put back bit for bit, or left
-alone.
-"""
+"""transform and restore: a model is changed as reported, put back bit for bit, or left alone."""
 
 import copy
 import types
@@ -14,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo import one_thread  # noqa: F401
 
 import rotatekv_fx as rk
-from rotatekv_fx import RotateKVConfig, api
+from rotatekv_fx import Calibration, RotateKVConfig, api
+from rotatekv_fx.calibration import model_fingerprint
 from rotatekv_fx.errors import CalibrationError, ConfigError, InputError, MatchError, StateError
 
 FOLDED = ("k_proj.weight", "v_proj.weight", "o_proj.weight")
@@ -86,7 +85,7 @@ def test_transform_returns_the_same_object():
     [
         ("llama", 2, FOLDED),
         ("qwen3", 1, FOLDED[1:]),
-        ("gpt_neox", 2, ("query_key_value.weight", "query_key_value.bias", "dense.weight")),
+        ("gpt_neox", 1, ("query_key_value.weight", "query_key_value.bias", "dense.weight")),
     ],
 )
 def test_only_folded_weights_change(name, layers, folded):
@@ -139,7 +138,7 @@ def test_weights_with_frozen_gradients_stay_frozen():
 
 @pytest.mark.parametrize(
     ("name", "layers", "sinks"),
-    [("llama", 2, 0), ("llama", 2, 6), ("qwen3", 1, 6), ("gpt_neox", 2, 6), ("gptj", 1, 6)],
+    [("llama", 2, 0), ("llama", 2, 6), ("qwen3", 1, 6), ("gpt_neox", 1, 6), ("gptj", 1, 6)],
 )
 def test_restore_is_bit_for_bit(name, layers, sinks):
     model = zoo.shared(name, layers)
@@ -155,8 +154,8 @@ def test_restore_is_bit_for_bit(name, layers, sinks):
 
 
 def test_in_place_round_trip():
-    snapshot = Snapshot(zoo.build("llama"))
-    calibration = zoo.shared_calibration("llama")
+    snapshot = Snapshot(zoo.build("llama", layers=1))
+    calibration = zoo.shared_calibration("llama", 1)
     for sinks in (6, 0):
         rk.transform(snapshot.model, RotateKVConfig(recipe="paper", sinks=sinks), calibration)
         assert zoo.relative(logits(snapshot.model), snapshot.logits) > 0.1
@@ -233,9 +232,12 @@ def test_a_deep_copy_of_a_transformed_model_is_independent():
     assert torch.equal(logits(rk.restore(copied)), logits(zoo.shared("llama")))
 
 
-@pytest.mark.parametrize("name", ["phi3_longrope", "gemma3_text"])
-def test_a_deep_copy_asks_its_own_rotary_embedding(name):
-    packed = paper(name, sinks=0)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("phi3_longrope", {"key_bits": 8, "value_bits": 8, "sinks": 0}), ("gemma3_text", {"sinks": 0})],
+)
+def test_a_deep_copy_asks_its_own_rotary_embedding(name, settings):
+    packed = paper(name, **settings)
     copied = copy.deepcopy(packed)
     expected = logits(copied)
     with torch.no_grad():
@@ -252,9 +254,7 @@ class Failure(Exception):
     pass
 
 
-@pytest.mark.parametrize(
-    ("error", "keep_originals"), [(Failure, True), (Failure, False), (KeyboardInterrupt, True)]
-)
+@pytest.mark.parametrize(("error", "keep_originals"), [(Failure, True), (KeyboardInterrupt, False)])
 def test_failing_on_the_second_layer(monkeypatch, error, keep_originals):
     snapshot, bind, bound = Snapshot(zoo.build("llama")), api.bind, []
     calibration = zoo.shared_calibration("llama")
@@ -274,7 +274,7 @@ def test_failing_on_the_second_layer(monkeypatch, error, keep_originals):
     snapshot.assert_unchanged()
 
 
-@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [KeyboardInterrupt])
 def test_failing_inside_the_binding_of_a_layer(monkeypatch, error):
     """The block's hook is the last thing that is put there."""
     snapshot = Snapshot(zoo.build("llama"))
@@ -292,7 +292,7 @@ def test_failing_inside_the_binding_of_a_layer(monkeypatch, error):
     snapshot.assert_unchanged()
 
 
-@pytest.mark.parametrize("where", ["run_passes", "collect", "find_sites"])
+@pytest.mark.parametrize("where", ["run_passes", "collect"])
 def test_failing_before_anything_is_bound(monkeypatch, where):
     snapshot = Snapshot(zoo.build("llama", layers=1))
 
@@ -391,26 +391,22 @@ def test_what_is_no_model_of_transformers(found):
 # Rejected layers
 
 
-def test_a_latent_cache_is_rejected():
-    snapshot = Snapshot(zoo.build("deepseek_v3"))
-    with pytest.raises(MatchError) as caught:
-        rk.transform(snapshot.model, RotateKVConfig(recipe="none"))
-    message = str(caught.value)
-    assert "2 of 2 attention modules of DeepseekV3ForCausalLM rejected" in message
-    for index in range(2):
-        assert f"layer {index} (model.layers.{index}.self_attn): the value depends on" in message
-    assert message.count("[node cat") == 2
-    snapshot.assert_unchanged()
-
-
-def test_no_match_is_an_error_even_where_some_would_do():
+def test_no_match_is_an_error_that_lists_the_reasons():
     snapshot = Snapshot(zoo.build("deepseek_v3", layers=1))
-    with pytest.raises(MatchError, match="1 of 1 attention modules"):
-        rk.transform(snapshot.model, RotateKVConfig(recipe="none", allow_partial=True))
-    with pytest.raises(MatchError, match="1 of 1 attention modules"):
-        rk.calibrate(snapshot.model, zoo.windows())
-    assert len(rk.inspect_model(snapshot.model).rejections) == 1
+    config = RotateKVConfig(recipe="none", allow_partial=True)
+    for call in (lambda m: rk.transform(m, config), lambda m: rk.calibrate(m, zoo.windows())):
+        with pytest.raises(MatchError) as caught:
+            call(snapshot.model)
+        message = str(caught.value)
+        assert message.startswith("1 of 1 attention modules of DeepseekV3ForCausalLM rejected")
+        assert "layer 0 (model.layers.0.self_attn): the value depends on" in message
+        assert "[node cat" in message
     snapshot.assert_unchanged()
+
+
+def test_inspect_shows_rejections_without_an_error():
+    (rejection,) = rk.inspect_model(zoo.shared("deepseek_v3", 1)).rejections
+    assert rejection.name == "model.layers.0.self_attn"
 
 
 class Odd(LlamaAttention):
@@ -510,7 +506,11 @@ def test_nothing_is_merged_into_shared_parameters():
     own = untie(shared)
     expected = logits(shared)
     assert torch.equal(logits(own), expected)
-    packed = [zoo.transformed(m, calibration=zoo.calibrated(m), sinks=0) for m in (shared, own)]
+    layers = zoo.calibrated(own).layers
+    packed = [
+        zoo.transformed(model, calibration=Calibration(layers, model_fingerprint(model), ""), sinks=0)
+        for model in (shared, own)
+    ]
     counts = [rk.report(m).sites[1].passes["insert_rotation"] for m in packed]
     assert counts == [{"merged": 0, "online": 3}, {"merged": 3, "online": 0}]
     assert rk.report(packed[0]).originals_nbytes == 0
@@ -531,9 +531,9 @@ def test_tied_embeddings_are_no_obstacle():
 
 
 def test_inspect_leaves_the_model_alone():
-    snapshot = Snapshot(zoo.build("gemma2"))
+    snapshot = Snapshot(zoo.build("gemma2", layers=1))
     found = rk.inspect_model(snapshot.model)
-    assert [site.layer_index for site in found.sites] == [0, 1]
+    assert [site.layer_index for site in found.sites] == [0]
     assert all(site.passes == {} and site.lowered == {} for site in found.sites)
     assert found.config is None
     snapshot.assert_unchanged()

@@ -1,15 +1,19 @@
 """Decoders of many architectures, small enough to trace in a second, with random weights that matter."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
 import torch
+from torch import fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rotatekv_fx as rk
 from rotatekv_fx.capture import capture
+from rotatekv_fx.collect import collect
 from rotatekv_fx.passes.normalize import normalize
+from rotatekv_fx.sites import find_sites
 
 VOCABULARY = 256
 WINDOW = 8  # of every sliding layer; prompts of the tests are longer
@@ -141,6 +145,8 @@ def build(name, layers=2, dtype=torch.float32, seed=0, **overrides):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
     _liven(model, torch.Generator().manual_seed(seed + 1))
+    if name == "gemma2":
+        model.set_attn_implementation("eager")  # transformers' SDPA knows no soft-cap; 5.17 drops it
     model.generation_config.eos_token_id = None  # every sequence runs to its full length
     return model.to(dtype).eval()
 
@@ -201,19 +207,19 @@ def shared(name, layers=2):
 
 
 @functools.cache
-def shared_calibration(name, layers=2):
-    """Its calibration."""
-    return calibrated(shared(name, layers))
+def captured(name, layers=1):
+    """Its normalised captures."""
+    captures = capture(shared(name, layers))
+    for one in captures:
+        normalize(one)
+    return captures
 
 
 @functools.cache
-def captured(name):
-    """(a model of one layer, its normalised captures)."""
-    model = build(name, layers=1)
-    captures = capture(model)
-    for one in captures:
-        normalize(one)
-    return model, captures
+def shared_calibration(name, layers=2):
+    """Its calibration on `windows`, as `calibrated` gives it."""
+    sites, _ = find_sites(captured(name, layers))
+    return collect(shared(name, layers), sites, windows(), progress=quiet)
 
 
 @functools.cache
@@ -221,6 +227,16 @@ def packed(name, recipe="paper", layers=2, **settings):
     """A transformed copy of it."""
     calibration = None if recipe == "none" else shared_calibration(name, layers)
     return transformed(shared(name, layers), recipe, calibration, **settings)
+
+
+def fresh_site(name):
+    """The site of a model of one layer, with a graph of its own that passes may rewrite."""
+    (one,) = captured(name)
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(one.graph, {}))
+    (site,), rejections = find_sites([dataclasses.replace(one, graph=graph)])
+    assert rejections == []
+    return site
 
 
 def relative(found, expected):
