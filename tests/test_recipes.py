@@ -224,7 +224,7 @@ def through_codes(x, order):
 
 @torch.no_grad()
 def plain_attention(attention, hidden, rows, mask, key_sum, sinks):
-    """One sequence [T, C] through a llama attention whose keys and values pass two bits, as METHOD describes
+    """One sequence [T, C] through a llama attention whose keys and values pass two bits, as the paper describes
     it.
     """
     tokens = hidden.shape[0]

@@ -1,6 +1,6 @@
 """Attention sinks: a few tokens of the prompt whose keys and values stay exact.
 
-Chosen by the largest |values| of the block's input over the whole prompt (METHOD: RotateKV, section on
+Chosen by the largest |values| of the block's input over the whole prompt (RotateKV, arXiv 2501.16383, on
 massive activations); a chunked prefill keeps a running choice, and a token that drops out of it is read from
 its codes.
 """
