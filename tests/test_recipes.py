@@ -224,9 +224,7 @@ def through_codes(x, order):
 
 @torch.no_grad()
 def plain_attention(attention, hidden, rows, mask, key_sum, sinks):
-    """One sequence [T, C] through a llama attention whose keys and values pass two bits, as the paper describes
-    it.
-    """
+    """One sequence [T, C] through a llama attention whose keys and values pass two bits, as published."""
     tokens = hidden.shape[0]
     query, key, value = (p(hidden) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
     rotation, per_head = walsh(64).float(), torch.block_diag(walsh(32), walsh(32)).float()
