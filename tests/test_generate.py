@@ -154,6 +154,18 @@ def both(pair, **options):
     return [generate(model, **options).sequences for model in (pair.transformed, pair.original)]
 
 
+@pytest.mark.parametrize("recipe", ["none", "paper"])
+def test_a_prompt_without_padding_on_a_static_cache(recipe):
+    """transformers then makes no mask, though the fixed buffers have empty columns."""
+    original = zoo.shared("llama")
+    settings = {} if recipe == "none" else {"key_bits": 8, "value_bits": 8, "sinks": 0}
+    ids = zoo.prompt(padding=(0, 0, 0))[0]
+    with torch.no_grad():
+        cache = StaticCache(config=original.config, max_cache_len=40)
+        found = zoo.packed("llama", recipe, **settings)(ids, past_key_values=cache).logits
+        assert zoo.relative(found, original(ids).logits) < (2e-5 if recipe == "none" else 0.05)
+
+
 def test_static_cache_with_chunked_prefill(few):
     found, expected = both(few, **MODES["static"], prefill_chunk_size=5)
     assert torch.equal(found, expected)

@@ -300,7 +300,8 @@ class PackedLayer:
                 [torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes]
             )
             keys, values = self.sinks.restore(keys, values, offset if in_order else coded)
-        if not in_order:
+        # without a mask the attention takes every column for a token, and a fixed buffer has empty ones
+        if not in_order or (mask is None and isinstance(self.history, RingStore)):
             mask = columns_of_mask(mask, new, numbers, offset)
             if two_forms:
                 mask = _one_form_each(mask, axes, new, self.spec.window)
