@@ -253,7 +253,10 @@ def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration
         _check_statistics(site, calibration)
         error = float(calibration.layers[site.layer_index].rope_error) if calibration is not None else 0.0
         other = site.inline_input()
-        if other is not None and recipes.window_of(recipe, config):
+        if other is not None and site.capture.sliding:
+            reason = f"its inline attention reads {other.name}, which has no columns for a sliding window"
+            rejections.append(Rejection(site.name, site.layer_index, reason, other.name))
+        elif other is not None and recipes.window_of(recipe, config):
             reason = (
                 f"its inline attention reads {other.name}, which has no columns for a recent window; "
                 "use window=0"

@@ -104,7 +104,9 @@ class AttentionSite:
         return self.hidden_example.device
 
     def inline_input(self) -> fx.Node | None:
-        """An input besides the mask that enters inline scores with the cached keys (an ALiBi bias, say)."""
+        """What enters inline scores with the cached keys besides queries, the mask and numbers: an ALiBi
+        bias, say, or a table that is cut to the number of keys. Its columns are tokens in order.
+        """
         if self.attention is not None:
             return None
         depends = _dependencies(self.graph)
@@ -112,8 +114,13 @@ class AttentionSite:
             if "softmax" not in str(node.target) and "scaled_dot_product" not in str(node.target):
                 continue
             mixed = [n for n in depends[node] if self.cache_write in depends[n]] + [node]
-            inputs = (i for n in mixed for i in n.all_input_nodes if i.op == "placeholder")
-            return next((i for i in inputs if i is not self.mask), None)
+            for beside in (i for n in mixed for i in n.all_input_nodes if i not in mixed and _is_tensor(i)):
+                sources = depends[beside] | {beside}
+                if self.hidden in sources or self.cache_write in sources:
+                    continue
+                for source in sources - {self.mask}:
+                    if not _tensor_inputs(source) and source.meta["val"].dim():
+                        return source
         return None
 
     def rope_operations(self) -> list[str]:
@@ -158,7 +165,10 @@ def _find_site(capture: Capture) -> AttentionSite:
     hidden_like = [n for n in carried if n.meta["val"].is_floating_point()]
     if len(hidden_like) != 1 or len(carried) != 1:
         names = ", ".join(n.name for n in carried) or "nothing"
-        raise _Reject(f"the value depends on {names}; expected hidden states alone", value)
+        raise _Reject(
+            f"the value depends on {names}; expected hidden states alone (a latent that keys share?)",
+            value,
+        )
     hidden = hidden_like[0]
     positional = [
         i
