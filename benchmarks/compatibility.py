@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 import rotatekv_fx
 from benchmarks import tiny_models
 from rotatekv_fx import RotateKVConfig
-from rotatekv_fx.errors import InputError, MatchError, RotateKVError
+from rotatekv_fx.errors import MatchError, RotateKVError
 
 PROMPT, NEW = 20, 10
 PADDING = (0, 5, 13)
@@ -40,8 +40,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Tokens leave the window within the prompt, so that codes are read.
 PACKED = {"key_bits": 8, "value_bits": 8, "window": 4, "slack": 2, "sinks": 2}
-# Relative error of a token's logits, for the median token: 8-bit codes add about 1%. Routers turn the rounding of
-# single tokens into other experts, so that the RMS over all tokens may be larger.
+# Relative error of a token's logits, for the median token: 8-bit codes add about 1%. Routers turn the rounding
+# of single tokens into other experts, so that the RMS over all tokens may be larger.
 CLOSE_AT_8_BITS, CLOSE_OVERALL = 0.02, 0.2
 CLOSE_IN_16_BIT = 0.02
 STATUSES = {
@@ -242,12 +242,12 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         *(f"* {counts[status]} **{status}**: {meaning}" for status, meaning in STATUSES.items()),
         "",
-        f"Tokens: recipe `none` gives the untransformed model's {NEW} greedy tokens after prompts of {PROMPT}, "
-        "on dynamic and static caches, in a search of 3 beams, with a prefill in chunks, and on a batch with "
-        "padding on the left (-: the untransformed model cannot). 8 bits: relative error of a token's logits, "
-        "the median, most of them read one by one from the packed cache, with a window of 4 tokens except where "
-        "the notes say otherwise. bf16, fp16: the same error of recipe `none` against the untransformed model in "
-        "that dtype.",
+        f"Tokens: recipe `none` gives the untransformed model's {NEW} greedy tokens after prompts "
+        f"of {PROMPT}, on dynamic and static caches, in a search of 3 beams, with a prefill in "
+        "chunks, and on a batch with padding on the left (-: the untransformed model cannot). 8 "
+        "bits: relative error of a token's logits, the median, most of them read one by one from "
+        "the packed cache, with a window of 4 tokens except where the notes say otherwise. bf16, "
+        "fp16: the same error of recipe `none` against the untransformed model in that dtype.",
         "",
         "| architecture | status | layers | attention | "
         + " | ".join(MODES)

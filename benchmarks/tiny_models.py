@@ -1,7 +1,7 @@
-"""A tiny model of every architecture that `AutoModelForCausalLM` can build, made from the fields of its config.
+"""A tiny model of every architecture that `AutoModelForCausalLM` can build, made from its config's fields.
 
-A field keeps its default unless it is a size: sizes are replaced by name, lists with one entry a layer by their
-distinct entries. What that does not reach stands in `ADJUSTMENTS`.
+A field keeps its default unless it is a size: sizes are replaced by name, lists with one entry a layer by
+their distinct entries. What that does not reach stands in `ADJUSTMENTS`.
 """
 
 from __future__ import annotations
@@ -35,82 +35,69 @@ _SIZES: tuple[tuple[int, str], ...] = (
     ),
     (
         HIDDEN,
-        (
-            "hidden_size d_model n_embd embedding_dim emb_dim embedding_size input_embedding_size lru_width "
-            "output_embedding_size word_embed_proj_dim attention_hidden_size cross_attention_hidden_size "
-            "ple_embed_dim embed_dim shape_embed_dim pronunciation_embed_dim"
-        ),
+        "hidden_size d_model n_embd embedding_dim emb_dim embedding_size input_embedding_size "
+        "lru_width output_embedding_size word_embed_proj_dim attention_hidden_size "
+        "cross_attention_hidden_size ple_embed_dim embed_dim shape_embed_dim pronunciation_embed_dim",
     ),
     (
         96,
-        (
-            "intermediate_size ffn_dim d_inner decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size n_inner "
-            "feed_forward_size dense_intermediate_size prefix_dense_intermediate_size intermediate_size_mlp "
-        ),
+        "intermediate_size ffn_dim d_inner decoder_ffn_dim encoder_ffn_dim dff dim_ff ffn_hidden_size "
+        "n_inner feed_forward_size dense_intermediate_size prefix_dense_intermediate_size "
+        "intermediate_size_mlp",
     ),
     (
         32,
-        (
-            "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
-            "moe_shared_expert_intermediate_size shared_experts_intermediate_size router_hidden_size q_lora_rank "
-            "kv_lora_rank o_lora_rank hidden_size_per_layer_input moe_latent_size"
-        ),
+        "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size "
+        "expert_ffn_hidden_size moe_shared_expert_intermediate_size shared_experts_intermediate_size "
+        "router_hidden_size q_lora_rank kv_lora_rank o_lora_rank hidden_size_per_layer_input "
+        "moe_latent_size",
     ),
     (
         HEADS,
-        (
-            "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
-            "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts "
-            "swa_num_attention_heads n_mamba_heads linear_num_heads linear_num_key_heads linear_num_value_heads "
-            "num_local_experts n_routed_experts moe_num_experts"
-        ),
+        "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads "
+        "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts "
+        "swa_num_attention_heads n_mamba_heads linear_num_heads linear_num_key_heads "
+        "linear_num_value_heads num_local_experts n_routed_experts moe_num_experts",
     ),
     (
         KV_HEADS,
-        (
-            "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads num_experts_per_tok "
-            "num_experts_per_token moe_topk moe_k index_n_heads num_global_key_value_heads top_k_experts num_blocks"
-        ),
+        "num_key_value_heads num_kv_heads num_query_groups swa_num_key_value_heads "
+        "num_experts_per_tok num_experts_per_token moe_topk moe_k index_n_heads "
+        "num_global_key_value_heads top_k_experts num_blocks",
     ),
     (
         HEAD_DIM,
-        (
-            "head_dim dim_head d_head attention_head_dim attention_head_size kv_channels swa_head_dim v_head_dim "
-            "qk_nope_head_dim index_head_dim global_head_dim linear_head_dim linear_key_head_dim laurel_rank "
-            "linear_value_head_dim mamba_d_state ssm_state_size state_size adapter_rank mamba_dt_rank hc_lowrank "
-            "mamba_d_head mamba_head_dim mamba_headdim indexer_head_dim"
-        ),
+        "head_dim dim_head d_head attention_head_dim attention_head_size kv_channels swa_head_dim "
+        "v_head_dim qk_nope_head_dim index_head_dim global_head_dim linear_head_dim "
+        "linear_key_head_dim laurel_rank linear_value_head_dim mamba_d_state ssm_state_size "
+        "state_size adapter_rank mamba_dt_rank hc_lowrank mamba_d_head mamba_head_dim mamba_headdim "
+        "indexer_head_dim",
     ),
     (
         8,
-        (
-            "qk_rope_head_dim time_step_rank chunk_size mamba_chunk_size rotary_dim block_size loop_gate_rank "
-            "gated_norm_rank mamba_n_heads mamba_num_heads"
-        ),
+        "qk_rope_head_dim time_step_rank chunk_size mamba_chunk_size rotary_dim block_size "
+        "loop_gate_rank gated_norm_rank mamba_n_heads mamba_num_heads",
     ),
     (
         SLIDING,
-        (
-            "sliding_window sliding_window_size window_size attention_window_size local_attention "
-            "attention_chunk_size"
-        ),
+        "sliding_window sliding_window_size window_size attention_window_size local_attention "
+        "attention_chunk_size",
     ),
     (
         POSITIONS,
-        "keep_window_size max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len context_length",
+        "keep_window_size max_position_embeddings n_positions n_ctx max_sequence_length max_seq_len "
+        "context_length",
     ),
     (
         1,
-        (
-            "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group num_expert_group "
-            "first_k_dense_replace num_dense_layers mamba_n_groups n_groups mamba_ngroups"
-        ),
+        "n_shared_experts num_shared_experts moe_num_shared_experts n_group topk_group "
+        "num_expert_group first_k_dense_replace num_dense_layers mamba_n_groups n_groups "
+        "mamba_ngroups",
     ),
     (LAYERS, _LAYER_COUNTS),
 )
 SIZES = {name: size for size, names in _SIZES for name in names.split()}
 
-# What the rule does not reach: fields of single architectures, below the name of a nested config where one stands.
 _OFTEN_NONE = (
     "head_dim",
     "num_key_value_heads",
@@ -121,6 +108,7 @@ _OFTEN_NONE = (
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_hidden_layers": 2}
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _BYTES = {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]}
+# What the rule does not reach: fields of single architectures, nested where the config is.
 ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "bigbird_pegasus": {"attention_type": "original_full"},

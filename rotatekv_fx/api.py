@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rotatekv_fx import ops, recipes
+from rotatekv_fx import ops, recipes, saving
 from rotatekv_fx.binding import Binding, Original, bind, unbind
 from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, plan_positions
 from rotatekv_fx.cache.codec import Codec
-from rotatekv_fx.calibration import Calibration, LayerStatistics
+from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
 from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
@@ -49,6 +51,7 @@ class _State:
 
     report: Report
     originals: tuple[Original, ...]
+    recipe: saving.Recipe
 
 
 def transform(
@@ -89,11 +92,14 @@ def transform(
         binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
         bindings.append(binding)
         reports.append(site_report)
+    fingerprint = calibration.fingerprint if calibration is not None else model_fingerprint(model)
     originals = _bind_all(model, bindings, config.keep_originals)
     kept = sum(t.nbytes for o in originals for t in (o.parameters or {}).values())
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     found = Report(type(model).__name__, tuple(reports), tuple(matched.rejections), settings, kept)
-    setattr(model, _STATE, _State(found, tuple(originals)))
+    recipe_used = saving.Recipe(config, calibration if recipe.needs_calibration else None, fingerprint)
+    setattr(model, _STATE, _State(found, tuple(originals), recipe_used))
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
     logger.info("Transformed %d attention modules of %s.", len(reports), type(model).__name__)
     return model
 
@@ -110,7 +116,14 @@ def restore(model: nn.Module) -> nn.Module:
     for original in state.originals:
         unbind(model, original)
     delattr(model, _STATE)
+    del model.save_pretrained
     return model
+
+
+def _save_pretrained(self: nn.Module, save_directory: str | Path, **options: Any) -> None:
+    """A transformed model's `save_pretrained`: original weights, and how to transform them again."""
+    state = _state(self)
+    saving.save(self, state.recipe, state.originals, save_directory, **options)
 
 
 def calibrate(
@@ -331,7 +344,17 @@ def _rewrite(
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     reads_mask = site.attention is None and site.mask is not None
     mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
-    return Binding(site.capture, rewrite.graph, runtime, parameters, mask), site_report
+    return Binding(
+        site.capture, rewrite.graph, runtime, parameters, mask, _mark(config, statistics)
+    ), site_report
+
+
+def _mark(config: RotateKVConfig, statistics: LayerStatistics | None) -> int:
+    """Number of a way to fold a layer's weights: of the settings and of the statistics they are based on."""
+    digest = hashlib.sha256(config.fingerprint().encode())
+    for field in dataclasses.fields(statistics) if statistics is not None else ():
+        digest.update(getattr(statistics, field.name).contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7])
 
 
 def _ops_of(rewrite: Rewrite) -> set[str]:

@@ -17,7 +17,11 @@ from rotatekv_fx.errors import CalibrationError
 
 FORMAT = "rotatekv-calibration-1"
 _SAMPLES = 512  # values of each parameter that the fingerprint reads
-_NOT_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation")
+# Entries of a config that differ between a model that was just made, saved or loaded.
+_NOT_THE_MODEL = (
+    *("dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation"),
+    *("architectures", "quantization_config"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,10 @@ ALLOWED = {
     "ops": {"kernels", *FOUNDATION},
     "cache": {"recipes", "rope", "errors", *GRAPHS},
     "binding": {"cache", "capture", "errors"},
+    "saving": {"binding", "calibration", *FOUNDATION},
+    "loading": {"api", "calibration", "saving", "errors"},
     "api": {
+        "saving",
         "binding",
         "cache",
         "calibration",
@@ -66,6 +69,7 @@ ALLOWED = {
     },
     "": {
         "api",
+        "loading",
         "cache",
         "calibration",
         "export",
