@@ -338,6 +338,7 @@ def _rewrite(
         positions,
         {name: tensor.to(device) for name, tensor in buffers.items()},
         rope,
+        config.debug,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
     lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from rotatekv_fx.errors import CalibrationError
 
-FORMAT = "rotatekv-calibration-1"
+FORMAT = "rotatekv-calibration-2"
 _SAMPLES = 512  # values of each parameter that the fingerprint reads
 # Entries of a config that differ between a model that was just made, saved or loaded.
 _NOT_THE_MODEL = (
@@ -92,6 +93,7 @@ class Calibration:
             for field in dataclasses.fields(layer)
         }
         header = {"format": FORMAT, "fingerprint": self.fingerprint, "source": self.source}
+        header["digest"] = _digest(tensors, header)
         try:
             save_file(tensors, str(path), metadata={"rotatekv": json.dumps(header)})
         except (OSError, SafetensorError) as error:
@@ -117,6 +119,10 @@ class Calibration:
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise CalibrationError(
                 f"{path} is no calibration file of this version ({FORMAT}); write it again."
+            )
+        if header.pop("digest", None) != _digest(tensors, header):
+            raise CalibrationError(
+                f"calibration file {path} was changed after it was written; write it again."
             )
         fields = {f.name for f in dataclasses.fields(LayerStatistics)}
         grouped: dict[int, dict[str, Tensor]] = {}
@@ -147,6 +153,15 @@ class Calibration:
                 f"the calibration belongs to another model (fingerprint {self.fingerprint}, this model's is "
                 f"{found}); calibrate this model."
             )
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Hash of a calibration file's tensors and of the rest of its header."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def model_fingerprint(model: nn.Module) -> str:

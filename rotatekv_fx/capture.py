@@ -192,7 +192,7 @@ class Capture:
     arguments: AttentionArguments | None
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
-    sliding: bool
+    sliding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +244,8 @@ def capture(
             results.append(one)
         except _Refused as no:
             results.append(CaptureFailure(names[call.module], call.layer_index, str(no)))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # the exporter raises many kinds; all mean "cannot be traced"
             message = str(error).strip().partition("\n")[0] or "no message"
             reason = f"export failed: {type(error).__name__}: {message}"
@@ -344,6 +346,8 @@ def _record_calls(
             hooks += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules()]
             hooks += [m.register_forward_hook(leave, with_kwargs=True) for m in model.modules()]
             output = run(cache, ids, past, past + length)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} failed on a dummy batch: {type(error).__name__}: {error}"

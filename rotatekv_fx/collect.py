@@ -154,7 +154,8 @@ def collect(
         progress: called as progress(done, total) after each window, total 0 where unknown; None shows a bar.
 
     Raises:
-        CalibrationError: there are no windows, or a window is no row of token ids.
+        CalibrationError: there are no windows, a window is no row of token ids, or they hold fewer different
+            tokens than a head has channels, which would leave directions of keys and values unseen.
     """
     source = "given token ids"
     if data is None:
@@ -164,17 +165,25 @@ def collect(
         data, source = generate_windows(model, seed, progress), f"self-generated, seed {seed}"
     total = len(data) if hasattr(data, "__len__") else 0
     sums = {site.layer_index: _Sums(site) for site in sites}
-    windows = 0
+    windows, seen = 0, set()
     takes = inspect.signature(model.forward).parameters
     last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
         for window in data:
-            model(input_ids=_row(model, window), use_cache=False, **last_logits_only)
+            row = _row(model, window)
+            model(input_ids=row, use_cache=False, **last_logits_only)
             windows += 1
+            seen.update(row.unique().tolist())
             advance(windows, total)
     if not windows:
         raise CalibrationError("calibration data holds no windows; give at least one row of token ids.")
     layers = {index: s.finish() for index, s in sums.items()}
+    channels = max(site.head_dim for site in sites)
+    if len(seen) < channels:
+        raise CalibrationError(
+            f"calibration data holds {len(seen)} different tokens, fewer than the {channels} channels of a "
+            "head; give a more varied text."
+        )
     bad = [
         i
         for i, s in layers.items()
