@@ -40,8 +40,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 # Tokens leave the window within the prompt, so that codes are read.
 PACKED = {"key_bits": 8, "value_bits": 8, "window": 4, "slack": 2, "sinks": 2}
-# Relative error of a token's logits, for the median token: 8-bit codes add about 1%. Routers turn the rounding
-# of single tokens into other experts, so that the RMS over all tokens may be larger.
+# Relative error of a token's logits, for the median token: 8-bit codes add about 1%. Routers turn the
+# rounding of single tokens into other experts, so that the RMS over all tokens may be larger.
 CLOSE_AT_8_BITS, CLOSE_OVERALL = 0.02, 0.2
 CLOSE_IN_16_BIT = 0.02
 STATUSES = {

@@ -20,7 +20,6 @@ MODES = {
 }
 ARCHITECTURES = (*zoo.DECODERS, "gptj")
 SLIDING = {"mistral": (0, 1), "gemma2": (0,), "gpt_oss": (0,)}
-INLINE = ("gptj",)
 # Their layers are alike, and tracing takes long.
 ONE_LAYER = ("qwen2", "phi3", "gpt_neox", "falcon", "olmo2", "cohere", "glm", "gptj")
 
@@ -106,7 +105,7 @@ def test_packed_layers_are_in_the_returned_cache(pair, mode, full, sliding):
 
 
 def test_attention_was_lowered_as_reported(pair):
-    attend = pair.name not in INLINE
+    attend = pair.name not in zoo.INLINE
     for site in rk.report(pair.transformed).sites:
         assert site.attention == ("attend" if attend else "inline")
         assert site.passes["lower_attention"] == {"attend": int(attend), "inline": int(not attend)}
@@ -131,7 +130,7 @@ def test_the_reported_ops_run_once_a_layer(pair):
     with torch.no_grad(), Recorder() as recorder:
         pair.transformed(ids)
     attended = recorder.called.count("rotatekv.attend.default")
-    assert attended == (0 if pair.name in INLINE else len(rk.report(pair.transformed).sites))
+    assert attended == (0 if pair.name in zoo.INLINE else len(rk.report(pair.transformed).sites))
     assert not any("rotatekv_capture" in op for op in recorder.called)
 
 
