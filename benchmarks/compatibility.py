@@ -3,7 +3,8 @@
     python -m benchmarks.compatibility --out benchmarks/results
 
 Every model is transformed with recipe `none`, whose tokens must be the untransformed model's, and at 8 bits,
-whose logits must be close. Takes about 10 minutes on one core; --only limits it to some architectures.
+whose logits must be close. Takes about 10 minutes on one core; --only looks at some architectures and keeps the
+other rows of the last run.
 """
 
 from __future__ import annotations
@@ -294,15 +295,22 @@ def main(
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    rows = []
+    found = _last_run(out, versions) if only else {}
     for architecture in only or tiny_models.architectures():
-        row = dataclasses.asdict(check(architecture))
-        rows.append(row)
+        row = found[architecture] = dataclasses.asdict(check(architecture))
         print(f"{architecture}: {row['status']} {row['seconds']} s {'; '.join(row['reasons'])}", flush=True)
-        text = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
-        (out / "compatibility.json").write_text(text, encoding="utf-8")
+    rows = [found[name] for name in tiny_models.architectures() if name in found]
+    text = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
+    (out / "compatibility.json").write_text(text, encoding="utf-8")
     (out / "compatibility.md").write_text(table(rows, versions), encoding="utf-8")
     raise typer.Exit(int(any(row["status"] == "wrong" for row in rows)))
+
+
+def _last_run(folder: Path, versions: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Rows by architecture of a run with the same versions."""
+    file = folder / "compatibility.json"
+    last = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"versions": None}
+    return {row["architecture"]: row for row in last["rows"]} if last["versions"] == versions else {}
 
 
 if __name__ == "__main__":

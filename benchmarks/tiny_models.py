@@ -146,13 +146,12 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
         "expert_layer_period": 2,
-        "use_mamba_kernels": False,
     },
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
-    "nemotron_h": {"mamba_num_heads": 8, "use_mamba_kernels": False},
+    "nemotron_h": {"mamba_num_heads": 8},
     "qwen4_exp": {
         "text_config": {
             "indexer_n_heads": 2,
@@ -175,15 +174,19 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "xlstm": {"num_heads": 4, "qk_dim_factor": 0.5, "v_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HIDDEN // HEADS,
+        "num_key_value_heads": HEADS,
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "use_mamba_kernels": False,
     },
     "zamba2": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
         "n_mamba_heads": 8,
-        "use_mamba_kernels": False,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HIDDEN // HEADS,
+        "num_key_value_heads": HEADS,
     },
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -281,6 +281,8 @@ def _record_calls(
     stack: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
     calls: dict[int, Call] = {}
     writers: dict[int, list[nn.Module]] = {}
+    ran: dict[type, set[int]] = {}
+    handing_on: list[Call] = []  # calls that left tensors in their arguments
     producers: dict[int, Producer] = {}
     kept: list[Any] = []  # keeps recorded tensors alive, so that their ids stay theirs
 
@@ -308,8 +310,9 @@ def _record_calls(
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         *_, before = stack.pop()
         inputs = _tensors_in(args, kwargs)
+        ran.setdefault(type(module), set()).add(id(module))
         if id(module) in calls and len(inputs) != len(before):
-            calls[id(module)].refusal = "the module hands tensors on to later layers through its arguments"
+            handing_on.append(calls[id(module)])
         if any(_is_positions(t, length) for t in inputs):
             outputs = output if isinstance(output, tuple | list) else (output,)
             for index, tensor in enumerate(outputs):
@@ -363,11 +366,15 @@ def _record_calls(
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == 3, 4, 3)
         with torch.no_grad():
-            causal = _looks_back_only(output, run(RecordingCache(config=model.config), other, 0, length))
+            changed = run(RecordingCache(config=model.config), other, 0, length)
+        causal = _looks_back_only(output, changed, mask[:, :-1].bool())
     else:
         causal = True
     if not causal:
         raise InputError(f"{kind} is not causal: its attention masks let tokens see later ones; {remedy}")
+    for call in handing_on:
+        if ran[type(call.module)] - set(calls):  # modules of its kind that wrote nothing read what it left
+            call.refusal = "the module hands tensors on to later layers through its arguments"
     for key, call in calls.items():
         call.block = _enclosing_block(model, writers, key)
     kept.append(calls)
@@ -395,13 +402,16 @@ def _masks_are_causal(calls: dict[int, Call], length: int) -> bool:
     return True
 
 
-def _looks_back_only(first: Any, second: Any) -> bool:
-    """Whether two outputs that differ in the last token are alike elsewhere, but for rounding."""
+def _looks_back_only(first: Any, second: Any, real: Tensor) -> bool:
+    """Whether two outputs that differ in the last token are alike at `real` others [B, S - 1], but for
+    rounding.
+    """
     a, b = (
         next(t for t in pytree.tree_leaves(dict(o)) if isinstance(t, Tensor) and t.dim() == 3)
         for o in (first, second)
     )
-    a, b, rounding = a[:, :-1].float(), b[:, :-1].float(), min(64 * torch.finfo(a.dtype).eps, 0.01)
+    rounding = min(64 * torch.finfo(a.dtype).eps, 0.01)
+    a, b = (x[:, :-1].float()[real.to(x.device)] for x in (a, b))
     return bool((a - b).abs().max() <= rounding * a.abs().max())
 
 
@@ -530,9 +540,14 @@ def _check_sizes(program: torch.export.ExportedProgram, longest: int | None) -> 
 
 
 def _attends_once(graph: fx.Graph) -> bool:
-    """Whether there is one attention marker, whose mask was made without what the cache holds."""
+    """Whether there is one attention marker, which reads the cached key and value themselves, and whose mask
+    was made without them.
+    """
     markers = graph.find_nodes(op="call_function", target=torch.ops.rotatekv_capture.attention.default)
     if len(markers) != 1:
+        return False
+    update = torch.ops.rotatekv_capture.kv_update.default
+    if any(n.target is not operator.getitem or n.args[0].target is not update for n in markers[0].args[1:3]):
         return False
     pending, seen = [markers[0].args[3]], set()
     while pending:
@@ -540,7 +555,7 @@ def _attends_once(graph: fx.Graph) -> bool:
         if isinstance(node, fx.Node) and node not in seen:
             seen.add(node)
             pending += node.all_input_nodes
-    return not any(n.target is torch.ops.rotatekv_capture.kv_update.default for n in seen)
+    return not any(n.target is update for n in seen)
 
 
 def understood(arguments: AttentionArguments) -> bool:
