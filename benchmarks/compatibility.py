@@ -3,8 +3,8 @@
     python -m benchmarks.compatibility --out benchmarks/results
 
 Every model is transformed with recipe `none`, whose tokens must be the untransformed model's, and at 8 bits,
-whose logits must be close. Takes about 10 minutes on one core; --only looks at some architectures and keeps the
-other rows of the last run.
+whose logits must be close. Takes about 10 minutes on one core; --only looks at some architectures and keeps
+the other rows of the last run.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rotatekv_fx import ops, recipes, saving
-from rotatekv_fx.binding import Binding, Original, bind, unbind
+from rotatekv_fx.binding import SUPPORTED_ATTENTION, Binding, Original, bind, unbind
 from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, plan_positions
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
@@ -32,7 +32,6 @@ from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 
 logger = logging.getLogger(__name__)
 _STATE = "rotatekv_state"
-_SUPPORTED_ATTENTION = ("sdpa", "eager")
 _FP16_MARGIN = (
     4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
 )
@@ -99,7 +98,8 @@ def transform(
     found = Report(type(model).__name__, tuple(reports), tuple(matched.rejections), settings, kept)
     recipe_used = saving.Recipe(config, calibration if recipe.needs_calibration else None, fingerprint)
     setattr(model, _STATE, _State(found, tuple(originals), recipe_used))
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    for name, method in _METHODS.items():
+        setattr(model, name, types.MethodType(method, model))
     logger.info("Transformed %d attention modules of %s.", len(reports), type(model).__name__)
     return model
 
@@ -116,7 +116,8 @@ def restore(model: nn.Module) -> nn.Module:
     for original in state.originals:
         unbind(model, original)
     delattr(model, _STATE)
-    del model.save_pretrained
+    for name in _METHODS:
+        vars(model).pop(name, None)
     return model
 
 
@@ -124,6 +125,27 @@ def _save_pretrained(self: nn.Module, save_directory: str | Path, **options: Any
     """A transformed model's `save_pretrained`: original weights, and how to transform them again."""
     state = _state(self)
     saving.save(self, state.recipe, state.originals, save_directory, **options)
+
+
+def _refuse_batching(self: nn.Module, *args: Any, **options: Any) -> None:
+    """Continuous batching of a transformed model.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "continuous batching keeps keys and values in a paged 16-bit cache of its own, which packed layers "
+        "cannot replace; call model.generate with a batch, or rotatekv_fx.restore(model) first."
+    )
+
+
+# What a transformed model does in another way than its class.
+_METHODS = {
+    "save_pretrained": _save_pretrained,
+    "generate_batch": _refuse_batching,
+    "init_continuous_batching": _refuse_batching,
+    "continuous_batching_context_manager": _refuse_batching,
+}
 
 
 def calibrate(
@@ -205,7 +227,7 @@ def _check_model(model: nn.Module) -> None:
     if model.training:
         raise StateError("the model is in training mode; call model.eval() first.")
     implementation = getattr(model.config, "_attn_implementation", "sdpa")
-    if implementation not in _SUPPORTED_ATTENTION:
+    if implementation not in SUPPORTED_ATTENTION:
         raise ConfigError(
             f"attention implementation {implementation!r} makes masks that packed layers cannot read; call "
             "model.set_attn_implementation('sdpa') first."

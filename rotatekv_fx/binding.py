@@ -13,6 +13,7 @@ from rotatekv_fx.cache import AttentionRuntime
 from rotatekv_fx.capture import RUNTIME_NAME, Capture, CapturedInput, lookup
 from rotatekv_fx.errors import StateError
 
+SUPPORTED_ATTENTION = ("sdpa", "eager")
 MARK = "merged.mark"  # name below the runtime of what marks rotated weights in a state_dict
 
 
@@ -146,11 +147,18 @@ def check_call(module: nn.Module, hidden: Tensor, dtype: torch.dtype) -> None:
     """Refuse a call that the captured graph does not cover.
 
     Raises:
-        StateError: the module is in training mode, or its dtype has changed since transform().
+        StateError: the module is in training mode, or its dtype or the attention implementation has changed
+            since transform().
     """
     if module.training:
         raise StateError(
             "a transformed model is for inference; call model.eval(), or restore(model) to train."
+        )
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation not in SUPPORTED_ATTENTION:
+        raise StateError(
+            f"attention implementation {implementation!r} makes masks that packed layers cannot read; call "
+            "model.set_attn_implementation('sdpa')."
         )
     if hidden.dtype is not dtype:
         raise StateError(
