@@ -175,6 +175,13 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _sample(parameter: Tensor) -> Any:
-    flat = parameter.detach().reshape(-1)
+    tensor = parameter.detach()
+    if hasattr(tensor, "to_local"):  # this process's part of a tensor that several share
+        tensor = tensor.to_local()
+    elif type(parameter) is not nn.Parameter and not tensor.is_floating_point():
+        tensor = tensor.as_subclass(Tensor)  # packed numbers of a quantized weight
+    elif type(parameter) is not nn.Parameter:
+        tensor = tensor.dequantize()
+    flat = tensor.reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)
     return flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

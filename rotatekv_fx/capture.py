@@ -25,6 +25,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rotatekv_fx.errors import InputError
+from rotatekv_fx.opaque import call_as_they_are, stubbed
 
 aten = torch.ops.aten
 KeyPath = tuple[str | int, ...]
@@ -147,6 +148,7 @@ class Call:
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     past: int  # tokens that the cache gave it besides the new ones
+    outputs: dict[int, Tensor]  # of submodules that return one tensor, by module id
     sliding: bool  # its cache layer forgets tokens
     refusal: str = ""  # why it cannot be traced, found while it ran
 
@@ -282,6 +284,7 @@ def _record_calls(
     calls: dict[int, Call] = {}
     writers: dict[int, list[nn.Module]] = {}
     ran: dict[type, set[int]] = {}
+    outputs: dict[int, Tensor] = {}
     handing_on: list[Call] = []  # calls that left tensors in their arguments
     producers: dict[int, Producer] = {}
     kept: list[Any] = []  # keeps recorded tensors alive, so that their ids stay theirs
@@ -294,7 +297,7 @@ def _record_calls(
             module, call_args, call_kwargs, _ = stack[-1]
             before, shapes = calls.get(id(module)), (tuple(key.shape), tuple(value.shape))
             held, sliding = result[0].shape[2] - key.shape[2], self.layers[layer_idx].is_sliding
-            call = Call(module, module, call_args, call_kwargs, layer_idx, *shapes, held, sliding)
+            call = Call(module, module, call_args, call_kwargs, layer_idx, *shapes, held, outputs, sliding)
             calls[id(module)] = call
             writers[id(module)] = [frame[0] for frame in stack]
             kind = type(self.layers[layer_idx])
@@ -311,11 +314,13 @@ def _record_calls(
         *_, before = stack.pop()
         inputs = _tensors_in(args, kwargs)
         ran.setdefault(type(module), set()).add(id(module))
+        if isinstance(output, Tensor):
+            outputs[id(module)] = output
         if id(module) in calls and len(inputs) != len(before):
             handing_on.append(calls[id(module)])
         if any(_is_positions(t, length) for t in inputs):
-            outputs = output if isinstance(output, tuple | list) else (output,)
-            for index, tensor in enumerate(outputs):
+            results = output if isinstance(output, tuple | list) else (output,)
+            for index, tensor in enumerate(results):
                 if isinstance(tensor, Tensor) and id(tensor) not in producers:
                     place = index if isinstance(output, tuple | list) else None
                     producers[id(tensor)] = Producer(module, args, kwargs, place)
@@ -499,7 +504,7 @@ def _capture_module(
         arguments += (torch.zeros(call.past, dtype=torch.int64, device=tensors[0].device),)
         dynamic += ({0: torch.export.Dim.AUTO},)
     config = getattr(call.module, "config", model.config)
-    with _markers(config, marked) as recorded, torch.no_grad():
+    with _markers(config, marked) as recorded, stubbed(call.module, call.outputs), torch.no_grad():
         program = torch.export.export(
             _Wrapped(call.module, leaves, spec, cache), arguments, dynamic_shapes=dynamic, strict=False
         )
@@ -511,6 +516,7 @@ def _capture_module(
         # transformers' SDPA knows no soft-cap: 5.17 drops one (gemma2), later versions refuse it
         found.static.pop("softcap", None)
     graph, constants = _module_rooted(program, inputs)
+    call_as_they_are(graph)
     if marked and not (found is not None and understood(found) and _attends_once(graph)):
         return None
     return Capture(
