@@ -1,6 +1,6 @@
 """Which architectures of the installed transformers work: a table, made by running a tiny model of each.
 
-    python -m benchmarks.compatibility --out benchmarks/results
+    python -m benchmarks.compatibility --out benchmarks/results --docs docs/compatibility.md
 
 Every model is transformed with recipe `none`, whose tokens must be the untransformed model's, and at 8 bits,
 whose logits must be close. Takes about 10 minutes on one core; --only looks at some architectures and keeps
@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import platform
+import re
 import time
 import warnings
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from rotatekv_fx import RotateKVConfig
 from rotatekv_fx.errors import MatchError, RotateKVError
 
 PROMPT, NEW = 20, 10
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 PADDING = (0, 5, 13)
 MODES: dict[str, dict[str, Any]] = {
     "dynamic": {},
@@ -258,6 +260,23 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     return "\n".join([*lines, *map(_line, rows)]) + "\n"
 
 
+def refusals(rows: list[dict[str, Any]]) -> str:
+    """Architectures that are not transformed, or only in part, by reason: a Markdown table."""
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] in ("refused", "partly"):
+            *_, last = row["reasons"]
+            reason = re.sub(
+                r" \[node .*\]|: it is not .*|; transform\(\) takes .*", "", last.partition("): ")[2] or last
+            )
+            reason = re.sub(r"position_embeddings(_\d, position_embeddings_\d)?", "positions", reason)
+            reason = reason.replace(row["model"], "the model").replace("|", "/").strip()
+            part = " (those layers)" if row["status"] == "partly" else ""
+            by_reason.setdefault(reason, []).append(f"{row['architecture']}{part}")
+    lines = [f"| {', '.join(names)} | {reason} |" for reason, names in sorted(by_reason.items())]
+    return "\n".join(["| architectures | reason |", "|---|---|", *lines]) + "\n"
+
+
 def _line(row: dict[str, Any]) -> str:
     signs = {"equal": "✓", "different": "✗"}
     tokens = [signs.get(row["tokens"].get(mode, ""), "-") if row["tokens"] else "" for mode in MODES]
@@ -303,6 +322,11 @@ def main(
     text = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
     (out / "compatibility.json").write_text(text, encoding="utf-8")
     (out / "compatibility.md").write_text(table(rows, versions), encoding="utf-8")
+    if docs is not None:
+        before, _, rest = docs.read_text(encoding="utf-8").partition(BEGIN)
+        docs.write_text(
+            f"{before}{BEGIN}\n\n{refusals(rows)}\n{END}{rest.partition(END)[2]}", encoding="utf-8"
+        )
     raise typer.Exit(int(any(row["status"] == "wrong" for row in rows)))
 
 

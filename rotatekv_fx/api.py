@@ -226,6 +226,12 @@ def _check_model(model: nn.Module) -> None:
         raise StateError("the model is transformed already; call rotatekv_fx.restore(model) first.")
     if model.training:
         raise StateError("the model is in training mode; call model.eval() first.")
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise StateError(
+            f"{len(away)} weights are not in memory, {away[0]} among them; load the model without offloading "
+            "to the CPU or a disk (device_map over GPUs is fine)."
+        )
     implementation = getattr(model.config, "_attn_implementation", "sdpa")
     if implementation not in SUPPORTED_ATTENTION:
         raise ConfigError(

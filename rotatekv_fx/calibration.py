@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.opaque import numbers
 
 FORMAT = "rotatekv-calibration-2"
 _SAMPLES = 512  # values of each parameter that the fingerprint reads
@@ -175,13 +176,6 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _sample(parameter: Tensor) -> Any:
-    tensor = parameter.detach()
-    if hasattr(tensor, "to_local"):  # this process's part of a tensor that several share
-        tensor = tensor.to_local()
-    elif type(parameter) is not nn.Parameter and not tensor.is_floating_point():
-        tensor = tensor.as_subclass(Tensor)  # packed numbers of a quantized weight
-    elif type(parameter) is not nn.Parameter:
-        tensor = tensor.dequantize()
-    flat = tensor.reshape(-1)
+    flat = numbers(parameter).reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)
     return flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

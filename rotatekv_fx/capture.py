@@ -149,6 +149,7 @@ class Call:
     value_shape: tuple[int, ...]
     past: int  # tokens that the cache gave it besides the new ones
     outputs: dict[int, Tensor]  # of submodules that return one tensor, by module id
+    origins: dict[int, Tensor]  # of inputs that came from another device, by tensor id
     sliding: bool  # its cache layer forgets tokens
     refusal: str = ""  # why it cannot be traced, found while it ran
 
@@ -165,12 +166,16 @@ class Producer:
 
 @dataclasses.dataclass
 class CapturedInput:
-    """A tensor the attention module receives: where it sits in (args, kwargs), and what produced it."""
+    """A tensor the attention module receives: where it sits in (args, kwargs), and what produced it.
+
+    `origin` is `example`, or what that was copied from when it came from another device.
+    """
 
     name: str
     path: KeyPath
     example: Tensor
     producer: Producer | None
+    origin: Tensor
 
 
 @dataclasses.dataclass
@@ -285,6 +290,8 @@ def _record_calls(
     writers: dict[int, list[nn.Module]] = {}
     ran: dict[type, set[int]] = {}
     outputs: dict[int, Tensor] = {}
+    origins: dict[int, Tensor] = {}
+    known: list[Tensor] = []  # tensors that other devices' layers may receive copies of
     handing_on: list[Call] = []  # calls that left tensors in their arguments
     producers: dict[int, Producer] = {}
     kept: list[Any] = []  # keeps recorded tensors alive, so that their ids stay theirs
@@ -297,7 +304,9 @@ def _record_calls(
             module, call_args, call_kwargs, _ = stack[-1]
             before, shapes = calls.get(id(module)), (tuple(key.shape), tuple(value.shape))
             held, sliding = result[0].shape[2] - key.shape[2], self.layers[layer_idx].is_sliding
-            call = Call(module, module, call_args, call_kwargs, layer_idx, *shapes, held, outputs, sliding)
+            call = Call(
+                module, module, call_args, call_kwargs, layer_idx, *shapes, held, outputs, origins, sliding
+            )
             calls[id(module)] = call
             writers[id(module)] = [frame[0] for frame in stack]
             kind = type(self.layers[layer_idx])
@@ -324,6 +333,7 @@ def _record_calls(
                 if isinstance(tensor, Tensor) and id(tensor) not in producers:
                     place = index if isinstance(output, tuple | list) else None
                     producers[id(tensor)] = Producer(module, args, kwargs, place)
+                    known.append(tensor)
             kept.append((args, kwargs, output))
 
     device = _embedding_device(model)
@@ -342,7 +352,8 @@ def _record_calls(
     cache = RecordingCache(config=model.config)
 
     def run(cache: Cache, ids: Tensor, start: int, stop: int) -> Any:
-        named = {"position_ids": positions[:, start:stop]} if "position_ids" in parameters else {}
+        known.append(positions[:, start:stop])
+        named = {"position_ids": known[-1]} if "position_ids" in parameters else {}
         part = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], **named}
         return model(**part, past_key_values=cache, use_cache=True)
 
@@ -383,7 +394,9 @@ def _record_calls(
     for key, call in calls.items():
         call.block = _enclosing_block(model, writers, key)
     kept.append(calls)
-    producers = {k: v for k, v in producers.items() if any(k == id(t) for t in _call_tensors(calls))}
+    origins.update(_origins(calls, known))
+    received = {id(origins.get(id(t), t)) for t in _call_tensors(calls)}
+    producers = {k: v for k, v in producers.items() if k in received}
     return calls, producers
 
 
@@ -423,6 +436,23 @@ def _looks_back_only(first: Any, second: Any, real: Tensor) -> bool:
 def _call_tensors(calls: dict[int, Call]) -> Iterator[Tensor]:
     for call in calls.values():
         yield from _tensors_in(call.args, call.kwargs)
+
+
+def _origins(calls: dict[int, Call], known: list[Tensor]) -> dict[int, Tensor]:
+    """What tensors were copied from that came to a module from another device, by id."""
+    found = {}
+    for tensor in _call_tensors(calls):
+        if any(tensor is k for k in known) or id(tensor) in found:
+            continue
+        same = [k for k in known if _moved(k, tensor)]
+        if len(same) == 1:
+            found[id(tensor)] = same[0]
+    return found
+
+
+def _moved(a: Tensor, b: Tensor) -> bool:
+    alike = a.shape == b.shape and a.dtype == b.dtype and a.device != b.device
+    return alike and torch.equal(a.to(b.device), b)
 
 
 def _tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -496,7 +526,8 @@ def _capture_module(
             changed = (i for i in range(leaf.dim()) if leaf.shape[i] != other.shape[i])
             tensors.append(leaf)
             shapes.append(dict.fromkeys(changed, torch.export.Dim.AUTO))
-            inputs.append(CapturedInput("", place, leaf, producers.get(id(leaf))))
+            origin = call.origins.get(id(leaf), leaf)
+            inputs.append(CapturedInput("", place, leaf, producers.get(id(origin)), origin))
         leaves.append(leaf)
     arguments: tuple[Any, ...] = (tensors,)
     dynamic: tuple[Any, ...] = (shapes,)

@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
 from rotatekv_fx.capture import lookup
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.opaque import dense
 from rotatekv_fx.rope import Rope, attributes
 from rotatekv_fx.sites import AttentionSite
 
@@ -127,14 +128,26 @@ def _moment(x: Tensor, y: Tensor) -> Tensor:
 
 def _value_weight(site: AttentionSite, heads: int, dim: int) -> Tensor:
     """Sum of Wo^T Wo over the query heads of each KV head."""
-    projection = site.output_projection
-    if projection is None:
+    found = _output_weight(site)
+    if found is None:
         return torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
-    weight = site.capture.module.get_parameter(projection.weight).detach()[
-        :, projection.features.to(site.device)
-    ]
+    weight, features = found
+    weight = weight[:, features.to(weight.device)]
     weight = weight.double().unflatten(1, (heads, -1))  # [out, Hkv, r, Dv]
     return torch.einsum("ohrd,ohre->hde", weight, weight).cpu()
+
+
+def _output_weight(site: AttentionSite) -> tuple[Tensor, Tensor] | None:
+    """The weight [out, in] of the output projection, if it can be read, and which of its inputs each channel
+    [Hq, Dv] is.
+    """
+    if (projection := site.output_projection) is not None:
+        return site.capture.module.get_parameter(projection.weight).detach(), projection.features
+    if (output := site.opaque_output) is None:
+        return None
+    weight = dense(getattr(site.capture.module.get_submodule(output.module), "weight", None))
+    fits = weight is not None and weight.dim() == 2 and weight.shape[1] == output.features.numel()
+    return (weight, output.features) if fits else None
 
 
 def collect(

@@ -103,3 +103,21 @@ def call_as_they_are(graph: fx.Graph) -> None:
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
+
+
+def numbers(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter as an ordinary tensor: a part, dequantized, or packed."""
+    tensor = parameter.detach()
+    if hasattr(tensor, "to_local"):
+        return tensor.to_local()
+    if type(parameter) in (Tensor, nn.Parameter):
+        return tensor
+    return tensor.dequantize() if tensor.is_floating_point() else tensor.as_subclass(Tensor)
+
+
+def dense(parameter: Tensor | None) -> Tensor | None:
+    """A weight as floating-point numbers, or None if it is not to be read as such."""
+    if parameter is None:
+        return None
+    tensor = numbers(parameter)
+    return tensor if tensor.is_floating_point() and tensor.device.type != "meta" else None

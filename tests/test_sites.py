@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo import one_thread  # noqa: F401
 
+import rotatekv_fx as rk
 from rotatekv_fx.capture import capture, lookup
 from rotatekv_fx.collect import observer
 from rotatekv_fx.passes.normalize import normalize
@@ -210,12 +211,22 @@ class ReadsChangedKeys(LlamaAttention):
         return super().forward(*args, **{name: Shifted()}, **kwargs)
 
 
+def test_attention_that_reads_changed_keys_is_left_inline():
+    model = zoo.build("llama", layers=1)
+    model.model.layers[0].self_attn.__class__ = ReadsChangedKeys
+    ids, mask = zoo.prompt()
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    packed = zoo.transformed(model, "none")
+    assert [site.attention for site in rk.report(packed).sites] == ["inline"]
+    assert torch.equal(packed.generate(ids, **options), expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         (WritesTwice, "2 cache writes in one module"),
         (PositionsInValues, "the value depends on"),
-        (ReadsChangedKeys, "the attention does not read the cached key and value themselves"),
     ],
 )
 def test_rejections_name_reason_and_node(kind, reason):

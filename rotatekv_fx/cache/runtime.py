@@ -78,6 +78,8 @@ class AttentionRuntime(nn.Module):
         Raises:
             StateError: in debug mode, a key or value is not finite.
         """
+        if residual is not None:  # a block's input may come from the last block's device
+            residual = residual.to(key.device)
         if self.debug:
             self._check_finite(key=key, value=value)
         step = self.layer(cache).step(key, value, self.positions.encode(positions), residual, mask, self)
