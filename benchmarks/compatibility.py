@@ -303,6 +303,9 @@ def main(
     only: Annotated[
         list[str] | None, typer.Option(help="an architecture; may be given several times")
     ] = None,
+    docs: Annotated[
+        Path | None, typer.Option(help="page whose list of refusals is brought up to date")
+    ] = None,
 ) -> None:
     """Check every architecture, and write the table."""
     warnings.filterwarnings("ignore")
