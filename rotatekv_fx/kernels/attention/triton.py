@@ -1,0 +1,587 @@
+"""Decode attention over packed history, sinks and recent tokens: split-KV Triton kernels.
+
+The inverse rotation of the keys is applied to the query once, so codes enter the products as they are, and a
+group's scale and offset are applied to its scores. The mean's share of a score is a sum of cosines and sines
+of the token's position. Within a tile of consecutive tokens that is the product of a fixed table, cos(j t)
+and sin(j t), with coefficients that turn by a fixed angle from tile to tile: nothing is read for it.
+
+Codes are never converted. Words of 16 bits are masked, and what is left is read as a subnormal fp16 number,
+code * 2^(bit - 24), which tensor cores multiply exactly; 2^-bit goes to the query's channel and to the
+output's, 2^24 to the scales.
+
+A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
+quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
+of the unit, and the rows' own head picks its share of the values at the end.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rotatekv_fx.kernels import tuning
+from rotatekv_fx.kernels.quantize.triton import launch_step, layout_of
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_HIDDEN = tl.constexpr(-1.0e30)  # score of a hidden token
+_LOWEST = tl.constexpr(-5.0e29)  # where the running maximum starts: hidden tokens weigh 2^-5e29 = 0
+_CODE_UNIT = tl.constexpr(16777216.0)  # 2^24, the inverse of the fp16 subnormal 1
+_WEIGHT_TOP = tl.constexpr(16384.0)  # largest fp16 weight * scale after normalisation
+
+
+@triton.jit
+def masked_bits(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """(words >> SHIFT) & MASK of int16 words, read as fp16. On a GPU two words at a time; bits that the
+    shift brings over from the neighbour are masked away.
+    """
+    mask = tl.full(words.shape, MASK, tl.int16)
+    if _INTERPRETED:
+        bits = ((words.to(tl.int32) >> SHIFT) & MASK).to(tl.int16)
+    elif SHIFT == 0:
+        bits = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2
+        )
+    elif SHIFT == 8:
+        bits = tl.inline_asm_elementwise(
+            "{.reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, $2;}",
+            "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        tl.static_assert(SHIFT == 10)
+        bits = tl.inline_asm_elementwise(
+            "{.reg .b32 t; shr.b32 t, $1, 10; and.b32 $0, t, $2;}",
+            "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
+    return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def code_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr):
+    """Codes at bits PLANE * BITS of int16 words, as fp16: code * 2^(plane_bit(PLANE, BITS) - 24)."""
+    BIT: tl.constexpr = PLANE * BITS
+    SHIFT: tl.constexpr = 0 if BIT + BITS <= 10 else (10 if BITS <= 2 else 8)
+    return masked_bits(words, SHIFT, ((1 << BITS) - 1) << (BIT - SHIFT))
+
+
+@triton.jit
+def plane_factor(PLANE: tl.constexpr, BITS: tl.constexpr):
+    """2^-bit of a plane once it is shifted: what undoes its place in the word."""
+    BIT: tl.constexpr = PLANE * BITS
+    SHIFT: tl.constexpr = 0 if BIT + BITS <= 10 else (10 if BITS <= 2 else 8)
+    return 1.0 / (1 << (BIT - SHIFT))
+
+
+@triton.jit
+def plane_channels(word, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """Channels of a group whose codes are in a plane of given words (byte layout: op `quantize`)."""
+    BIT: tl.constexpr = PLANE * BITS
+    return (BIT % 8) // BITS * (GROUP * BITS // 8) + 2 * word + BIT // 8
+
+
+@triton.jit
+def _query_plane(row_ptr, keep, top, word, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
+    """The query rows' channels of one plane, [words, M] fp16, scaled to its place in the word."""
+    channel = plane_channels(word, PLANE, BITS, GROUP)
+    x = tl.load(row_ptr[None, :] + channel[:, None], mask=keep, other=0.0)
+    return (x * (plane_factor(PLANE, BITS) * top)[None, :]).to(tl.float16)
+
+
+@triton.jit
+def _within_turn(angle):
+    """A float64 angle less its whole turns, in fp32."""
+    return (angle - tl.floor(angle / 6.283185307179586) * 6.283185307179586).to(tl.float32)
+
+
+@triton.jit
+def _split_dot(a, b, acc):
+    """acc + a @ b for fp32 b and 16-bit a: b as the sum of two 16-bit numbers."""
+    if _INTERPRETED:  # the interpreter multiplies the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b, acc)
+    high = b.to(a.dtype)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    return tl.dot(a, low, tl.dot(a, high, acc))
+
+
+@triton.jit
+def _capped(score, softcap, SOFTCAP: tl.constexpr):
+    """softcap * tanh(score / softcap), in and out in units of log 2."""
+    if SOFTCAP:
+        cap = softcap * _LOG2E
+        score = cap * (1.0 - 2.0 / (tl.exp2(score / softcap * 2.0) + 1.0))
+    return score
+
+
+@triton.jit
+def _visible(mask_ptr, batch, number, inside, mask_stride, mask_offset, mask_columns):
+    """Whether the mask shows tokens, by number; columns that it has no word for are hidden."""
+    column = number - mask_offset
+    known = inside & (column >= 0) & (column < mask_columns)
+    return tl.load(mask_ptr + batch.to(tl.int64) * mask_stride + column, mask=known, other=0) != 0
+
+
+@triton.jit
+def _history(
+    batch, unit, split, splits, first, last,
+    rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
+    mask_ptr, mask_stride, mask_offset, mask_columns,
+    position, angle_ptr, table_ptr, softcap, capacity, units, out_ptr, weight_ptr,
+    R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr, DV: tl.constexpr,
+    KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
+    KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr, CP: tl.constexpr,
+    PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
+    WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Weights and values of one share of the history."""
+    # Words of a group, padded to a tensor-core step; 3-bit codes are a 2-bit plane and a 1-bit plane.
+    KLOW: tl.constexpr = 2 if KBITS == 3 else KBITS
+    VLOW: tl.constexpr = 2 if VBITS == 3 else VBITS
+    KW: tl.constexpr = KGROUP * KLOW // 16
+    VW: tl.constexpr = VGROUP * VLOW // 16
+    KPLANES: tl.constexpr = 16 // KLOW
+    VPLANES: tl.constexpr = 16 // VLOW
+    KHIGH: tl.constexpr = 16 if KBITS == 3 else 0
+    VHIGH: tl.constexpr = 16 if VBITS == 3 else 0
+    rows, tokens = tl.arange(0, M), tl.arange(0, N)
+    kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
+    CHANNELS: tl.constexpr = KG * KGROUP
+    WIDTH: tl.constexpr = CHANNELS + 2 * PAIRS
+    row_ptr = rotated_ptr + ((batch * units + unit) * R + rows).to(tl.int64) * WIDTH
+    inside = rows < R
+
+    # The largest |query channel| of a row is brought to 2^12, so that no plane leaves fp16's normal range.
+    channel = tl.arange(0, CP)
+    whole = tl.load(
+        row_ptr[:, None] + channel[None, :], mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0
+    )
+    largest = tl.maximum(tl.max(tl.abs(whole), 1), 1.0e-30)
+    top = 4096.0 / largest
+    unscale = largest * (_CODE_UNIT / 4096.0)
+    queries = ()
+    sums = ()
+    for g in tl.static_range(KG):
+        keep = (kword < KW)[:, None] & inside[None, :]
+        of_group = (channel >= g * KGROUP) & (channel < (g + 1) * KGROUP)
+        sums = sums + (tl.sum(tl.where(of_group[None, :], whole, 0.0), 1),)
+        for plane in tl.static_range(KPLANES):
+            queries = queries + (_query_plane(row_ptr + g * KGROUP, keep, top, kword, plane, KLOW, KGROUP),)
+        for plane in tl.static_range(KHIGH):
+            keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
+            queries = queries + (
+                4.0 * _query_plane(row_ptr + g * KGROUP, keep_high, top * 1.0, bword, plane, 1, KGROUP),
+            )
+    accumulators = ()
+    for g in tl.static_range(VG):
+        for plane in tl.static_range(VPLANES):
+            accumulators = accumulators + (tl.zeros([VWP, M], tl.float32),)
+        for plane in tl.static_range(VHIGH):
+            accumulators = accumulators + (tl.zeros([16, M], tl.float32),)
+    offsets = ()
+    for g in tl.static_range(VG):
+        offsets = offsets + (tl.zeros([M], tl.float32),)
+    highest = tl.full([M], _LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    weight_unit = 1.0e-30  # largest value scale so far
+
+    tiles = tl.cdiv(tl.cdiv(last - first, N), splits)
+    start = first + split * tiles * N
+    stop = tl.minimum(start + tiles * N, last)
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIRS)
+        angles = tl.load(angle_ptr + pair)
+        angle = _within_turn((position + start).to(tl.float64) * angles)
+        turn = _within_turn(N * angles)
+        from_cos = tl.load(row_ptr[None, :] + CHANNELS + pair[:, None], mask=inside[None, :], other=0.0)
+        from_sin = tl.load(
+            row_ptr[None, :] + CHANNELS + PAIRS + pair[:, None], mask=inside[None, :], other=0.0
+        )
+        cos, sin = tl.cos(angle)[:, None], tl.sin(angle)[:, None]
+        by_cos, by_sin = from_cos * cos + from_sin * sin, from_sin * cos - from_cos * sin
+        turn_cos, turn_sin = tl.cos(turn)[:, None], tl.sin(turn)[:, None]
+        table = table_ptr + tokens[:, None] * (2 * PAIRS) + pair[None, :]
+        table_cos, table_sin = tl.load(table), tl.load(table + PAIRS)
+
+    key_rows = ((batch * units + unit) * KG).to(tl.int64) * capacity
+    value_rows = ((batch * units + unit) * VG).to(tl.int64) * capacity
+    for n0 in tl.range(start, stop, N, num_stages=STAGES):
+        number = n0 + tokens
+        held = number < stop
+        slot = number.to(tl.int64)
+        if WRAPS:
+            slot = (number % capacity).to(tl.int64)
+        scores = tl.zeros([N, M], tl.float32)
+        if PAIRS > 0:
+            scores = tl.dot(table_cos, by_cos.to(tl.float16), scores)
+            scores = tl.dot(table_sin, by_sin.to(tl.float16), scores)
+            by_cos, by_sin = by_cos * turn_cos + by_sin * turn_sin, by_sin * turn_cos - by_cos * turn_sin
+        seen = held
+        for g in tl.static_range(KG):
+            at = key_rows + g * capacity + slot
+            words = tl.load(
+                key_codes + at[:, None] * KWORDS + kword[None, :],
+                mask=held[:, None] & (kword < KW)[None, :] if KW < KWP else held[:, None], other=0,
+            )  # fmt: skip
+            scale = tl.load(key_scale + at, mask=held, other=-1.0).to(tl.float32)
+            offset = tl.load(key_offset + at, mask=held, other=0).to(tl.float32)
+            product = tl.zeros([N, M], tl.float32)
+            for plane in tl.static_range(KPLANES):
+                product = tl.dot(
+                    code_plane(words, plane, KLOW), queries[g * (KPLANES + KHIGH) + plane], product
+                )
+            if KBITS == 3:
+                words = tl.load(
+                    key_codes + at[:, None] * KWORDS + KW + bword[None, :],
+                    mask=held[:, None] & (bword < KGROUP // 16)[None, :], other=0,
+                )  # fmt: skip
+                for plane in tl.static_range(KHIGH):
+                    product = tl.dot(
+                        code_plane(words, plane, 1), queries[g * (KPLANES + KHIGH) + KPLANES + plane], product
+                    )
+            if MIDPOINT:
+                shift = offset[:, None] * sums[g][None, :]
+            else:
+                shift = -(tl.abs(scale) * offset)[:, None] * sums[g][None, :]
+            scores += product * unscale[None, :] * tl.abs(scale)[:, None] + shift
+            if g == 0:
+                seen = scale > 0.0
+        if MASKED:
+            seen = seen & _visible(mask_ptr, batch, number, held, mask_stride, mask_offset, mask_columns)
+        scores = tl.where(seen[:, None], _capped(scores, softcap, SOFTCAP), _HIDDEN)
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        fade = tl.exp2(highest - new_highest)
+        weights = tl.exp2(scores - new_highest[None, :])
+        total = total * fade + tl.sum(weights, 0)
+        highest = new_highest
+        new_accumulators = ()
+        new_offsets = ()
+        unit_before = weight_unit
+        value_scales = ()
+        for g in tl.static_range(VG):
+            scale = tl.load(value_scale + value_rows + g * capacity + slot, mask=held, other=0.0)
+            value_scales = value_scales + (scale.to(tl.float32),)
+            weight_unit = tl.maximum(weight_unit, tl.max(value_scales[g], 0))
+        fade_values = fade * (unit_before / weight_unit)
+        for g in tl.static_range(VG):
+            at = value_rows + g * capacity + slot
+            words = tl.load(
+                value_codes + at[None, :] * VWORDS + vword[:, None],
+                mask=held[None, :] & (vword < VW)[:, None] if VW < VWP else held[None, :], other=0,
+            )  # fmt: skip
+            offset = tl.load(value_offset + at, mask=held, other=0).to(tl.float32)
+            if not MIDPOINT:
+                offset = -value_scales[g] * offset
+            scaled = (weights * (value_scales[g] * (_WEIGHT_TOP / weight_unit))[:, None]).to(tl.float16)
+            new_offsets = new_offsets + (offsets[g] * fade + tl.sum(weights * offset[:, None], 0),)
+            for plane in tl.static_range(VPLANES):
+                before = accumulators[g * (VPLANES + VHIGH) + plane] * fade_values[None, :]
+                new_accumulators = new_accumulators + (
+                    tl.dot(code_plane(words, plane, VLOW), scaled, before),
+                )
+            if VBITS == 3:
+                words = tl.load(
+                    value_codes + at[None, :] * VWORDS + VW + bword[:, None],
+                    mask=held[None, :] & (bword < VGROUP // 16)[:, None], other=0,
+                )  # fmt: skip
+                for plane in tl.static_range(VHIGH):
+                    before = accumulators[g * (VPLANES + VHIGH) + VPLANES + plane] * fade_values[None, :]
+                    new_accumulators = new_accumulators + (
+                        tl.dot(code_plane(words, plane, 1), scaled, before),
+                    )
+        accumulators = new_accumulators
+        offsets = new_offsets
+
+    part = ((batch * units + unit) * (splits + 1) + split).to(tl.int64) * R + rows
+    tl.store(weight_ptr + part * 2, highest, mask=inside)
+    tl.store(weight_ptr + part * 2 + 1, total, mask=inside)
+    own = rows // REPEATS * DV  # first channel of a row's own head in its unit
+    value_unit = _CODE_UNIT * weight_unit / _WEIGHT_TOP
+    for g in tl.static_range(VG):
+        for plane in tl.static_range(VPLANES):
+            values = accumulators[g * (VPLANES + VHIGH) + plane] * (value_unit * plane_factor(plane, VLOW))
+            to = g * VGROUP + plane_channels(vword, plane, VLOW, VGROUP)[:, None] - own[None, :]
+            keep = (to >= 0) & (to < DV) & (vword < VW)[:, None] & inside[None, :]
+            tl.store(out_ptr + part[None, :] * DV + to, values + offsets[g][None, :], mask=keep)
+    if VBITS == 3:
+        tl.debug_barrier()  # other threads stored the low bits' share of a channel
+        for g in tl.static_range(VG):
+            for plane in tl.static_range(VHIGH):
+                values = accumulators[g * (VPLANES + VHIGH) + VPLANES + plane]
+                to = g * VGROUP + plane_channels(bword, plane, 1, VGROUP)[:, None] - own[None, :]
+                keep = (to >= 0) & (to < DV) & (bword < VGROUP // 16)[:, None] & inside[None, :]
+                at = out_ptr + part[None, :] * DV + to
+                values = tl.load(at, mask=keep, other=0.0) + values * (
+                    4.0 * value_unit * plane_factor(plane, 1)
+                )
+                tl.store(at, values, mask=keep)
+
+
+@triton.jit
+def _exact(
+    batch, unit, splits, newest, earliest,
+    query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+    mask_ptr, mask_stride, mask_offset, mask_columns,
+    scale, softcap, units, ring, out_ptr, weight_ptr,
+    R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Weights and values of sinks that left the window, and of the window's tokens."""
+    rows, tokens = tl.arange(0, M), tl.arange(0, NE)
+    channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
+    inside = rows < R
+    row = ((batch * units + unit) * R + rows).to(tl.int64)
+    highest = tl.full([M], _LOWEST, tl.float32)
+    total = tl.zeros([M], tl.float32)
+    queries = ()
+    accumulators = ()
+    for u in tl.static_range(U):
+        own = inside & (rows // REPEATS == u)
+        queries = queries + (
+            tl.load(
+                query_ptr + row[None, :] * D + channel[:, None],
+                mask=own[None, :] & (channel < D)[:, None], other=0.0,
+            ).to(tl.float32),
+        )  # fmt: skip
+        accumulators = accumulators + (tl.zeros([DVP, M], tl.float32),)
+    SINK_TILES: tl.constexpr = (SINKS + NE - 1) // NE
+    for tile in tl.range(0, SINK_TILES + (WINDOW + NE - 1) // NE, num_stages=1):
+        is_sink = tile < SINK_TILES
+        index = tokens + tl.where(is_sink, tile, tile - SINK_TILES) * NE
+        if SINKS > 0:
+            number = tl.load(
+                sink_tokens + batch.to(tl.int64) * SINKS + index, mask=is_sink & (index < SINKS), other=-1
+            )
+            seen = (number >= earliest) & (number >= 0) & (number <= newest - WINDOW)
+            keys, values, rows_held, slot = sink_keys, sink_values, SINKS, index
+            if not is_sink:
+                number = newest - WINDOW + 1 + index
+                seen = (number >= earliest) & (number >= 0) & (index < WINDOW)
+                keys, values, rows_held, slot = recent_keys, recent_values, ring, number % ring
+        else:
+            number = newest - WINDOW + 1 + index
+            seen = (number >= earliest) & (number >= 0) & (index < WINDOW)
+            keys, values, rows_held, slot = recent_keys, recent_values, ring, number % ring
+        if MASKED:
+            seen = seen & _visible(mask_ptr, batch, number, seen, mask_stride, mask_offset, mask_columns)
+        scores = tl.zeros([NE, M], tl.float32)
+        for u in tl.static_range(U):
+            head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
+            words = tl.load(
+                keys + (head + slot)[:, None] * D + channel[None, :],
+                mask=seen[:, None] & (channel < D)[None, :], other=0.0,
+            )  # fmt: skip
+            scores = _split_dot(words, queries[u], scores)
+        scores = _capped(scores * (scale * _LOG2E), softcap, SOFTCAP)
+        scores = tl.where(seen[:, None], scores, _HIDDEN)
+        new_highest = tl.maximum(highest, tl.max(scores, 0))
+        fade = tl.exp2(highest - new_highest)
+        weights = tl.exp2(scores - new_highest[None, :])
+        total = total * fade + tl.sum(weights, 0)
+        highest = new_highest
+        new_accumulators = ()
+        for u in tl.static_range(U):
+            head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
+            words = tl.load(
+                values + (head + slot)[None, :] * DV + value_channel[:, None],
+                mask=seen[None, :] & (value_channel < DV)[:, None], other=0.0,
+            )  # fmt: skip
+            new_accumulators = new_accumulators + (
+                _split_dot(words, weights, accumulators[u] * fade[None, :]),
+            )
+        accumulators = new_accumulators
+    part = ((batch * units + unit) * (splits + 1) + splits).to(tl.int64) * R + rows
+    tl.store(weight_ptr + part * 2, highest, mask=inside)
+    tl.store(weight_ptr + part * 2 + 1, total, mask=inside)
+    for u in tl.static_range(U):
+        own = inside & (rows // REPEATS == u)
+        tl.store(
+            out_ptr + part[None, :] * DV + value_channel[:, None], accumulators[u],
+            mask=own[None, :] & (value_channel < DV)[:, None],
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride"])
+def decode_kernel(
+    count_ptr, number, query_ptr, rotated_ptr,
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
+    mask_ptr, mask_stride, mask_offset, mask_columns,
+    position_ptr, position_stride, angle_ptr, table_ptr,
+    scale, softcap, units, out_ptr, weight_ptr,
+    COUNTED: tl.constexpr, R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
+    KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr, CP: tl.constexpr,
+    PAIRS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SLIDING: tl.constexpr,
+    N: tl.constexpr, NE: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
+    WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * units, splits + 1): the last split has the exact tokens, the others share the history.
+
+    `number` is the new token's (read from `count_ptr` where COUNTED). out fp32 [B, units, splits + 1, R, DV],
+    weights fp32 [B, units, splits + 1, R, 2]: each part's running maximum, in units of log 2, and its sum.
+    """
+    newest = number
+    if COUNTED:
+        newest = tl.load(count_ptr).to(tl.int32)
+    batch, unit = tl.program_id(0) // units, tl.program_id(0) % units
+    split, splits = tl.program_id(1), tl.num_programs(1) - 1
+    earliest = newest * 0
+    if SLIDING > 0:
+        earliest = tl.maximum(newest - SLIDING + 1, 0)
+    if split < splits:
+        position = newest * 0
+        if PAIRS > 0:
+            position = tl.load(position_ptr + batch * position_stride).to(tl.int32) - newest
+        _history(
+            batch, unit, split, splits, earliest, tl.maximum(newest + 1 - WINDOW, earliest),
+            rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
+            mask_ptr, mask_stride, mask_offset, mask_columns,
+            position, angle_ptr, table_ptr, softcap, capacity, units, out_ptr, weight_ptr,
+            R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP, CP,
+            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP,
+        )  # fmt: skip
+    else:
+        _exact(
+            batch, unit, splits, newest, earliest,
+            query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+            mask_ptr, mask_stride, mask_offset, mask_columns,
+            scale, softcap, units, ring, out_ptr, weight_ptr,
+            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, MASKED, SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def combine_kernel(
+    part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
+    DV: tl.constexpr, DVP: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B * units * rows): one query row's parts [parts, DV] to its output [DV].
+
+    A sink logit (one a query head) joins the denominator.
+    """
+    row = tl.program_id(0)
+    first = ((row // rows).to(tl.int64) * parts) * rows + row % rows
+    channel, block = tl.arange(0, DVP), tl.arange(0, BLOCK)
+    highest = tl.full([BLOCK], _LOWEST, tl.float32)
+    for p0 in range(0, parts, BLOCK):
+        at = first + (p0 + block) * rows
+        highest = tl.maximum(highest, tl.load(weight_ptr + at * 2, mask=p0 + block < parts, other=_LOWEST))
+    top = tl.max(highest, 0)
+    total = 0.0
+    if HAS_LOGITS:
+        logit = tl.load(sink_logits + row % HAS_LOGITS).to(tl.float32) * _LOG2E
+        top = tl.maximum(top, logit)
+        total = tl.exp2(logit - top)
+    values = tl.zeros([BLOCK, DVP], tl.float32)
+    share = tl.zeros([BLOCK], tl.float32)
+    for p0 in range(0, parts, BLOCK):
+        at = first + (p0 + block) * rows
+        inside = p0 + block < parts
+        weight = tl.exp2(tl.load(weight_ptr + at * 2, mask=inside, other=_HIDDEN) - top)
+        part_total = tl.load(weight_ptr + at * 2 + 1, mask=inside, other=0.0)
+        share += weight * part_total
+        values += weight[:, None] * tl.load(
+            part_ptr + at[:, None] * DV + channel[None, :],
+            mask=(part_total > 0.0)[:, None] & (channel < DV)[None, :], other=0.0,
+        )  # fmt: skip
+    total += tl.sum(share, 0)
+    result = tl.sum(values, 0) / tl.where(total > 0.0, total, 1.0)
+    tl.store(
+        out_ptr + row.to(tl.int64) * DV + channel, result.to(out_ptr.dtype.element_ty), mask=channel < DV
+    )
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    number: int,
+    mask_offset: int,
+    key_bits: int,
+    value_bits: int,
+    key_group: int,
+    value_group: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    sliding: int,
+    wraps: bool,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """The op `rotatekv::decode` (`rotatekv_fx.ops` describes it), in three launches."""
+    batch, query_heads, _, dim = query.shape
+    heads, value_dim = key.shape[1], value.shape[3]
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
+    width = key_map[2].shape[2]
+    rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)
+    launch_step(
+        layout, key, value, history, recent, sinks, key_map, position, count, number, key_clip, value_clip,
+        scheme, window, wraps, query, rotated, scale * math.log2(math.e),
+    )  # fmt: skip
+    unit_heads = layout.heads
+    repeats = query_heads // heads
+    rows = unit_heads * repeats
+    choice = tuning.decode_choice(query.device, batch * layout.units, history[0].shape[2], rows)
+    splits = choice.splits
+    parts = query.new_empty((batch * layout.units, splits + 1, rows, value_dim), dtype=torch.float32)
+    weights = query.new_empty((batch * layout.units, splits + 1, rows, 2), dtype=torch.float32)
+    out = query.new_empty((batch, 1, query_heads, value_dim))
+    recent_keys, recent_values = recent or (key, value)
+    sink_keys, sink_values, sink_tokens = sinks or (recent_keys, recent_values, position)
+    shown = position if mask is None else mask.view(torch.int8)
+    _, _, _, angles, table = key_map
+    pairs = len(angles)
+    key_words = history[0].shape[3] // 2
+    value_words = history[3].shape[3] // 2
+    decode_kernel[(batch * layout.units, splits + 1)](
+        position if count is None else count, number, query, rotated,
+        history[0].view(torch.int16), history[1], history[2],
+        history[3].view(torch.int16), history[4], history[5], history[0].shape[2],
+        recent_keys, recent_values, recent_keys.shape[2], sink_keys, sink_values, sink_tokens,
+        shown, 0 if mask is None or mask.shape[0] == 1 else mask.stride(0), mask_offset,
+        0 if mask is None else mask.shape[1],
+        position, 0 if position.shape[0] == 1 else 1, angles, table,
+        scale, softcap, layout.units, parts, weights,
+        COUNTED=count is not None, R=rows, M=max(8, _power_of_two(rows)), U=unit_heads, REPEATS=repeats,
+        D=dim, DV=value_dim, DP=_power_of_two(dim), DVP=_power_of_two(value_dim),
+        KG=layout.key_groups, VG=layout.value_groups, KGROUP=key_group, VGROUP=value_group,
+        KBITS=key_bits, VBITS=value_bits, KWORDS=key_words, VWORDS=value_words,
+        KWP=_tensor_step(key_group, key_bits), VWP=_tensor_step(value_group, value_bits),
+        CP=_power_of_two(layout.key_groups * key_group), PAIRS=pairs, SINKS=sinks[2].shape[1] if sinks else 0,
+        WINDOW=window, SLIDING=sliding, N=choice.tile, NE=16, STAGES=choice.stages,
+        MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
+        num_warps=1, num_stages=choice.stages,
+    )  # fmt: skip
+    combine_kernel[(batch * query_heads,)](
+        parts, weights, weights if sink_logits is None else sink_logits, out, splits + 1, rows,
+        DV=value_dim, DVP=_power_of_two(value_dim), HAS_LOGITS=0 if sink_logits is None else query_heads,
+        BLOCK=min(32, _power_of_two(splits + 1)), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _tensor_step(group: int, bits: int) -> int:
+    """Words of a group's codes (of the 2-bit plane at 3 bits), padded to a tensor-core step of 16."""
+    return max(16, _power_of_two(group * (2 if bits == 3 else bits) // 16))

@@ -1,0 +1,40 @@
+"""Launch choices of the kernels, measured on a Hopper GPU (benchmarks/results)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+TABLE_TOKENS = 64  # rows of the position table: the longest tile
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeChoice:
+    """Tokens of a tile, pipeline stages, and shares of the history a unit."""
+
+    tile: int
+    stages: int
+    splits: int
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_choice(device: torch.device, units: int, capacity: int, rows: int) -> DecodeChoice:
+    """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
+
+    Args:
+        units: sequences times units of heads.
+        capacity: slots of a sequence's history.
+        rows: query rows of a unit.
+    """
+    tile = 64 if rows <= 8 else 32
+    wave = _multiprocessors(device) * 10
+    splits = max(1, min(wave // units, -(-capacity // tile)))
+    return DecodeChoice(tile, 3, splits)
