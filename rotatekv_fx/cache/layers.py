@@ -1,18 +1,21 @@
 """Packed twins of transformers' cache layers: dynamic, sliding, static and static-sliding.
 
-A layer keeps old tokens as codes and, where the recipe has a recent window, the last `window + slack` tokens
-exactly:
+A layer keeps tokens outside the recent window as codes (its history), and the last `window + slack` tokens
+exactly in a ring:
 
-    new tokens -> recent (exact) -> history (codes)
+    new tokens -> recent (exact, a ring) -> history (codes) as they leave the window
 
-and, if it is the first layer to receive them, the positions that several layers share. Each kind has the
-length and mask semantics of the layer it replaces. What the attention reads is one token axis:
+and, if it is the first layer to receive them, the positions that several layers share. Tokens of the slack
+are in both, so that a crop of up to as many restores the window. Each kind has the length and mask semantics
+of the layer it replaces.
 
-* one new token, or no window: history, then recent tokens. Recent tokens outside the window (slack) go
-  through the codes on the way.
-* several new tokens and a window: history, then recent and new tokens twice, through the codes and exact. The
-  mask lets query i see the exact form of token j where j > i - window, and the other form elsewhere, so that
-  results do not depend on how a prompt is cut into chunks.
+One new token is attended to by the op `decode`, on the packed tensors themselves, where the recipe stores
+keys after RoPE. Otherwise the attention reads one token axis:
+
+* one new token, or no window: history, then the window.
+* several new tokens and a window: history and what leaves the window through the codes, then the window and
+  the new tokens exact. The mask lets query i see the exact form of token j where j > i - window, and the other
+  form elsewhere, so that results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -67,8 +70,10 @@ class LayerSpec:
 
     @property
     def recent(self) -> int:
-        """Exact tokens kept behind the newest."""
-        return self.window + self.slack if self.window else 0
+        """Slots of exact tokens: one more than the window at least, so that the token that leaves it is still
+        there.
+        """
+        return self.window + max(self.slack, 1) if self.window else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +115,9 @@ class PackedLayer:
     is_initialized: bool
     get_mask_sizes: Callable[[int], tuple[int, int]]
     history: Store
-    recent: Store
+    recent: RingStore
+    window: int  # of the spec, or what the layer holds at most
+    exact_from: int  # in growing layers, the first token whose exact form is in `recent`
     positions: PositionStore | None  # held by the owner, where the recipe needs any
 
     def _set_up(self, spec: LayerSpec, owner: PackedLayer | None) -> None:
@@ -120,10 +127,15 @@ class PackedLayer:
         self.residual: Tensor | None = None
         # until the first one-token step or crop, new tokens may become sinks
         self.prompt_open = True
+        self.exact_from = 0
 
-    def _store(self, codecs: tuple[Codec, ...], tokens: int) -> Store:
-        """A store for that many tokens (or fewer, where a growing layer has no limit)."""
+    def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
+        """A store for at most that many tokens, or for any number."""
         raise NotImplementedError
+
+    def _ring(self, codecs: tuple[Codec, ...], tokens: int) -> RingStore:
+        """A store for the last tokens."""
+        return RingStore(codecs, tokens, wraps=True, fixed=False)
 
     def _capacity(self) -> int | None:
         """Tokens the layer holds at most, or None."""
@@ -143,11 +155,13 @@ class PackedLayer:
         """
         self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
         spec, capacity = self.spec, self._capacity()
-        recent = spec.recent if capacity is None else min(spec.recent, capacity)
+        self.window = spec.window if capacity is None else min(spec.window, capacity)
         exact = tuple(as_exact(x, spec.exact_dtype) for x in (key, value))
-        self.history = self._store((spec.key, spec.value), None if capacity is None else capacity - recent)
+        self.history = self._store(
+            (spec.key, spec.value), None if capacity is None else max(1, capacity - self.window)
+        )
         self.history.allocate((key, value))
-        self.recent = self._store(tuple(as_it_is(x) for x in exact), recent)
+        self.recent = self._ring(tuple(as_it_is(x) for x in exact), spec.recent)
         self.recent.allocate(exact)
         self.is_initialized = True
 
@@ -205,32 +219,46 @@ class PackedLayer:
     def _places(self, numbers: Tensor) -> Parts:
         return self.owner.positions.at(numbers) if self.owner.positions is not None else ()
 
+    def _coded(self) -> int | None:
+        """Number of the first token without codes, in growing layers."""
+        return self.history.end if isinstance(self.history, GrowingStore) else None
+
     def _write(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> None:
-        """New tokens go to the recent ones, and those that leave them to the history; without a window, at
-        once.
+        """New tokens go to the recent ones, and those that leave the window to the history; without a window,
+        at once.
         """
         start = self._start()
         if not self.spec.window:
             self.history.push((form.to_codes(key, self._places(new)), value), start)
             return
-        keys, values, numbers = self._recent_and(key, value, new)
-        leaving = self.recent.overflow(key.shape[2])
+        keys, values, numbers, leaving = self._leaving(key, value, new)
         if leaving:
-            first = start + new.shape[0] - numbers.shape[0]
             moved = form.to_codes(keys[:, :, :leaving], self._places(numbers[:leaving]))
+            first = start + new.shape[0] - numbers.shape[0]
             self.history.push((moved, values[:, :, :leaving]), first)
         self.recent.push(tuple(as_exact(x, self.spec.exact_dtype) for x in (key, value)), start)
+        if isinstance(start, int):
+            self.exact_from = max(self.exact_from, start + new.shape[0] - self.recent.size)
 
-    def _recent_and(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Recent tokens in order, then the new ones: keys, values and numbers."""
-        if not self.recent.parts:
-            return key, value, new
-        numbers = self.recent.last(self._start(), key.device)
-        keys, values = self.recent.at(numbers)
+    def _leaving(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Tokens without codes, exact and in order, then the new ones: keys, values and numbers; and how many
+        of the first leave the window (in static layers, some may have a negative number).
+        """
+        start, count, coded = self._start(), new.shape[0], self._coded()
+        if coded is None:
+            before = torch.arange(-self.window, 0, device=key.device) + start
+            leaving = count
+        else:
+            before = torch.arange(coded, start, device=key.device)
+            leaving = max(0, start + count - self.window - coded)
+        if not before.shape[0]:
+            return key, value, new, leaving
+        keys, values = self.recent.at(before)
         return (
             torch.cat([keys.to(key.dtype), key], 2),
             torch.cat([values.to(value.dtype), value], 2),
-            torch.cat([numbers, new]),
+            torch.cat([before, new]),
+            leaving,
         )
 
     def _read_history(self, form: KeyForm) -> list[_Axis]:
@@ -249,33 +277,31 @@ class PackedLayer:
         return form.from_codes(coded, places), self.spec.value.decode(self.spec.value.encode(values))
 
     def _read_before(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """Several new tokens: history, then recent and new ones through the codes, and exact where there is a
+        """Several new tokens: history and what leaves the window through the codes; exact where there is a
         window.
         """
-        keys, values, numbers = self._recent_and(key, value, new)
-        coded = self._through_codes(keys, values, numbers, form)
         # fixed buffers of exact values are read themselves, and about to be written
         history = [_Axis(a.keys.clone(), a.values.clone(), a.numbers) for a in self._read_history(form)]
         if not self.spec.window:
-            return [*history, _Axis(*coded, numbers)]
+            return [*history, _Axis(*self._through_codes(key, value, new, form), new)]
+        keys, values, numbers, leaving = self._leaving(key, value, new)
+        coded = self._through_codes(keys[:, :, :leaving], values[:, :, :leaving], numbers[:leaving], form)
         return [
             *history,
-            _Axis(*coded, numbers, "codes"),
+            _Axis(*coded, numbers[:leaving], "codes"),
             _Axis(keys, values, numbers, "exact"),
         ]
 
     def _read_after(self, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """One new token, or no window: history, then recent tokens, those outside the window through the
-        codes.
-        """
+        """One new token, or no window: history, then the window."""
         if not self.spec.window:
             return self._read_history(form)
-        numbers = self.recent.columns(self.device)
-        keys, values = (x.to(self.dtype) for x in self.recent.read())
-        if self.spec.slack:
-            outside = (numbers <= new[-1] - self.spec.window).view(1, 1, -1, 1)
-            coded = self._through_codes(keys, values, numbers, form)
-            keys, values = (torch.where(outside, c, x) for c, x in zip(coded, (keys, values), strict=True))
+        coded = self._coded()
+        if coded is None:
+            numbers = torch.arange(1 - self.window, 1, device=self.device) + new[-1]
+        else:
+            numbers = torch.arange(coded, self._start() + new.shape[0], device=self.device)
+        keys, values = (x.to(self.dtype) for x in self.recent.at(numbers))
         return [*self._read_history(form), _Axis(keys, values, numbers)]
 
     def _choose_sinks(
@@ -413,12 +439,14 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
             return
         self._check_croppable()
         history, recent, *positions = self._own_stores()
-        exact = min(remove, len(recent))
-        recent.drop_last(exact)
-        history.drop_last(remove - exact)
+        self.length -= remove
+        # tokens that come back into the window are read exactly as far as the ring still has them
+        coded = min(self.length, max(self.length - self.window, self.exact_from))
+        self.exact_from = min(self.exact_from, self.length)
+        history.drop_last(max(0, history.end - coded))
+        recent.counted(self.length)
         for store in positions:
             store.drop_last(remove)
-        self.length -= remove
         if self.sinks is not None:
             self.sinks.drop_from(self.length)
 
@@ -460,9 +488,7 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     def _limit(self) -> None:
         """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
         limit = None if self.record_past else self.sliding_window
-        recent = self.spec.recent if limit is None else min(self.spec.recent, limit)
-        self.recent.limit = recent
-        self.history.limit = None if limit is None else limit - recent
+        self.history.limit = None if limit is None else limit - self.window
         if self.positions is not None:
             self.positions.store.limit = limit
 
@@ -482,8 +508,8 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
         super().crop(tokens_to_remove)
         self.cumulative_length = self.length
         if self.is_initialized:
-            held = len(self.history) + len(self.recent)
-            self.history.drop_first(held - self.sliding_window)
+            held = self.length - self.history.first
+            self.history.drop_first(min(len(self.history), held - self.sliding_window))
             if self.positions is not None:
                 self.positions.settle()
                 self.positions.store.drop_first(len(self.positions.store) - self.sliding_window)
@@ -508,7 +534,10 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
     def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
         assert tokens is not None
-        return RingStore(codecs, tokens, self.is_sliding or tokens == self.spec.recent)
+        return RingStore(codecs, tokens, wraps=self.is_sliding, fixed=True)
+
+    def _ring(self, codecs: tuple[Codec, ...], tokens: int) -> RingStore:
+        return RingStore(codecs, tokens, wraps=True, fixed=True)
 
     def _capacity(self) -> int:
         return self.max_cache_len
