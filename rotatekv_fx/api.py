@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rotatekv_fx import ops, recipes
 from rotatekv_fx.binding import Binding, Original, bind, unbind
-from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, plan_positions
+from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, key_map, plan_positions
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.calibration import Calibration, LayerStatistics
 from rotatekv_fx.capture import Capture, capture
@@ -316,6 +316,9 @@ def _rewrite(
     module, example = site.capture.module, site.hidden_example
     device = example.device
     buffers = {**site.capture.constants, **rewrite.buffers}
+    if counts["fuse_attention"]["fused"]:
+        partner = statistics.partner if statistics is not None else None
+        buffers |= key_map(plan, shape, rope or Rope(site).to(device), positions, partner, device)
     runtime = AttentionRuntime(
         site.layer_index,
         _layer_spec(site, plan, statistics),
@@ -324,17 +327,19 @@ def _rewrite(
         rope,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
-    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}
+    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite, runtime))}
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     reads_mask = site.attention is None and site.mask is not None
     mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
     return Binding(site.capture, rewrite.graph, runtime, parameters, mask), site_report
 
 
-def _ops_of(rewrite: Rewrite) -> set[str]:
+def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime) -> set[str]:
     """Names of our ops that the rewritten graph and its packed layer run."""
     targets = (str(n.target) for n in rewrite.graph.nodes if n.op == "call_function")
     used = {t.split(".")[1] for t in targets if t.startswith("rotatekv.")}
+    if rewrite.graph.find_nodes(op="call_method", target="attend"):
+        used |= {"attend", "decode"} if runtime.decodes else {"attend"}
     quantizers = (rewrite.plan.key_quantizer, rewrite.plan.value_quantizer)
     used |= {"quantize", "dequantize", "append"} if any(quantizers) else {"store"}
     return used | ({"select_sinks", "take_tokens", "restore_sinks"} if rewrite.plan.sinks else set())

@@ -14,8 +14,8 @@ keys after RoPE. Otherwise the attention reads one token axis:
 
 * one new token, or no window: history, then the window.
 * several new tokens and a window: history and what leaves the window through the codes, then the window and
-  the new tokens exact. The mask lets query i see the exact form of token j where j > i - window, and the other
-  form elsewhere, so that results do not depend on how a prompt is cut into chunks.
+  the new tokens exact. The mask lets query i see the exact form of token j where j > i - window, and the
+  other form elsewhere, so that results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from rotatekv_fx.cache.sinks import SinkStore
 from rotatekv_fx.cache.stores import GrowingStore, PositionStore, RingStore
 from rotatekv_fx.errors import StateError
 
+ops = torch.ops.rotatekv
 Store = GrowingStore | RingStore
 
 
@@ -202,7 +203,83 @@ class PackedLayer:
         if self.spec.sinks:
             self._choose_sinks(key, value, residual, visible_to_itself(mask, new - offset), start)
         self._advance(count)
+        self._hide_sinks()
         return self._joined(axes, mask, new, columns, offset)
+
+    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether `decode` can attend to this layer: one token, and a window whose tokens are all exact."""
+        if query.shape[2] != 1 or not (mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)):
+            return False
+        coded = self._coded() if self.is_initialized else None
+        return coded is None or coded == max(0, self._length_on_host() - self.window)
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Parts,
+        mask: Tensor | None,
+        key_map: list[Tensor],
+        scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Store one new token and attend to the packed tensors as they are: the op `decode`.
+
+        Args:
+            query: [B, Hq, 1, D], after RoPE.
+            key, value: [B, Hkv, 1, D] in the form that exact tokens are kept in.
+            positions: stored positions [B or 1, 1, 1, 1] of the new token, or none.
+            mask: bool [B or 1, 1, 1, N], or None.
+            key_map, scale, softcap, sink_logits: as the op takes them.
+
+        Returns:
+            [B, 1, Hq, Dv].
+        """
+        self._check_fits(1)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        start, (_, offset) = self._start(), self.get_mask_sizes(1)
+        if self.owner is self:
+            self._begin_positions(positions, start)
+        self.prompt_open = False
+        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
+        counted = isinstance(start, Tensor)
+        self._make_room(key, value)
+        out = ops.decode(
+            query, key, value, [t for parts in self.history.parts for t in parts],
+            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
+            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
+            key_map, place, None if mask is None else mask[:, 0, 0], start if counted else None,
+            0 if counted else start, offset, *self._quantizers(), self.window,
+            self._capacity() if self.is_sliding else 0, self.is_sliding, scale, softcap, sink_logits,
+        )  # fmt: skip
+        self._stored(1)
+        self._advance(1)
+        return out
+
+    def _quantizers(self) -> tuple[object, ...]:
+        """The arguments of `decode` from key_bits to scheme."""
+        k, v = self.spec.key.quantizer, self.spec.value.quantizer
+        return k.bits, v.bits, k.group, v.group, k.clip, v.clip, k.scheme
+
+    def _length_on_host(self) -> int:
+        """Tokens held, in growing layers."""
+        return 0
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        """See that the history has a slot for one more token."""
+
+    def _stored(self, count: int) -> None:
+        """Keep count of tokens that an op has written."""
+        end = self._start() + count
+        self.recent.counted(end)
+        if isinstance(self.history, RingStore):
+            self.history.counted(end - self.window)
+        else:
+            self.history.length = max(0, end - self.window)
+            self.exact_from = max(self.exact_from, end - self.recent.size)
 
     def _check_fits(self, count: int) -> None:
         """Raise where `count` new tokens have no room."""
@@ -314,6 +391,18 @@ class PackedLayer:
                 self.sinks = SinkStore(self.spec.sinks, key, value, self.spec.exact_dtype)
             self.sinks.choose(residual, valid, key, value, start)
 
+    def _hide_sinks(self) -> None:
+        """Mark the sinks' codes for `decode`, which reads sinks from their exact form: a negative scale."""
+        if self.sinks is None or self.spec.key.quantizer is None or not self.history.parts:
+            return
+        scale = self.history.parts[0][1]
+        tokens = self.sinks.tokens.long()
+        held = torch.arange(scale.shape[2], device=scale.device)
+        numbers = self.history.columns(self.device) if self.is_sliding else held
+        hidden = (tokens[:, :, None] == numbers[: scale.shape[2]]).any(1)[:, None]
+        kept = scale[:, :, : hidden.shape[2]]
+        kept.copy_(torch.where(hidden, -kept.abs(), kept.abs()))
+
     def _joined(self, axes: list[_Axis], mask: Tensor | None, new: Tensor, columns: int, offset: int) -> Step:
         """One token axis of several stretches, with sinks restored and the mask of its columns."""
         keys = torch.cat([a.keys for a in axes], 2)
@@ -326,7 +415,8 @@ class PackedLayer:
                 [torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes]
             )
             keys, values = self.sinks.restore(keys, values, offset if in_order else coded)
-        if not in_order:
+        # without a mask, columns after the newest token must still be hidden
+        if not in_order or (mask is None and isinstance(self.history, RingStore)):
             mask = columns_of_mask(mask, new, numbers, offset)
             if two_forms:
                 mask = _one_form_each(mask, axes, new, self.spec.window)
@@ -422,6 +512,15 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
     def _start(self) -> int:
         return self.length
 
+    def _length_on_host(self) -> int:
+        return self.length
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        if self.history.parts:
+            self.history.reserve(1)
+        else:
+            self.history.start_with((key, value))
+
     def _advance(self, count: int) -> None:
         self.length += count
 
@@ -461,6 +560,10 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
 
 class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     """Keeps the last sliding_window tokens."""
+
+    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Not for now: its history moves in its buffers."""
+        return False
 
     def __init__(self, replaced: DynamicSlidingWindowLayer, spec: LayerSpec, owner: PackedLayer | None):
         DynamicSlidingWindowLayer.__init__(self, replaced.sliding_window)
@@ -576,6 +679,23 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
                 f"a static cache of batch size {self.batch_size} cannot change to {batch}; allocate another."
             )
         super()._change_batch(batch, function)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens, as many as the slack at most: others are codes only.
+
+        Raises:
+            StateError: a window is kept, and more are to be removed.
+        """
+        if self.spec.window and -tokens_to_remove > max(self.spec.slack, 1):
+            raise StateError(
+                f"a static cache with a recent window cannot remove {-tokens_to_remove} tokens; keep more "
+                f"exact tokens than slack={self.spec.slack}, or use a dynamic cache."
+            )
+        super().crop(tokens_to_remove)
+        self.prompt_open = False
+        if self.is_initialized:
+            self.recent.counted(self.cumulative_length)
+            self.history.counted(self.cumulative_length - self.window)
 
     def reset(self) -> None:
         """Forget all tokens, in place."""

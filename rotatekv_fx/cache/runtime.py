@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from rotatekv_fx.cache import keymap
 from rotatekv_fx.cache.codec import Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
@@ -39,7 +40,7 @@ class AttentionRuntime(nn.Module):
         """
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
-        self.centers = "key_center" in buffers
+        self.centers, self.decodes = "key_center" in buffers, keymap.NAMES[0] in buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
         self.residual: Tensor | None = None
@@ -73,6 +74,38 @@ class AttentionRuntime(nn.Module):
         if self.rope is not None:
             return step.mask, step.keys, step.values
         return (step.mask, step.keys, step.values, *self.positions.decode(step.positions))
+
+    def attend(
+        self,
+        cache: Cache | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        residual: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """Store new tokens and attend to what the cache then holds: `update` and the op `attend` in one.
+
+        One new token is attended to without unpacking anything, by the op `decode`.
+
+        Returns:
+            [B, S, Hq, Dv].
+        """
+        layer, stored = self.layer(cache), self.positions.encode(positions)
+        if self.key_map and layer.decodes(query, mask):
+            return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
+        step = layer.step(key, value, stored, residual, mask, self)
+        return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
+
+    @property
+    def key_map(self) -> list[Tensor]:
+        """The tensors that `decode` takes, or nothing where the layer is always read the general way."""
+        return [getattr(self, name) for name in keymap.NAMES] if self.decodes else []
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""

@@ -18,7 +18,7 @@ _GROWTH_SHARE = 16  # of the tokens held
 
 
 class GrowingStore:
-    """Buffers that grow ahead of the tokens, by a sixteenth. Keeps at most the last `limit` tokens, where given.
+    """Buffers that grow ahead of the tokens, by a sixteenth. Keeps at most the last `limit` tokens, if given.
 
     Attributes:
         parts: per field, the stored tensors, longer than the tokens held.
@@ -45,13 +45,20 @@ class GrowingStore:
         new = tuple(c.encode(x) for c, x in zip(self.codecs, fields, strict=True))
         count = new[0][0].shape[2]
         if not self.length:
-            self.parts, self.first, self.length = new, start, count
+            self.first = start
+        if not self.parts or (not self.length and count > self.parts[0][0].shape[2]):
+            self.parts, self.length = new, count
         else:
             self.reserve(count)
             self.parts = tuple(self._written(a, b) for a, b in zip(self.parts, new, strict=True))
             self.length += count
         if self.limit is not None:
             self.drop_first(self.length - self.limit)
+
+    def start_with(self, fields: tuple[Tensor, ...]) -> None:
+        """Make buffers for tensors like `fields` ([B, H, any, D] each), without tokens."""
+        sample = (c.encode(x[:, :, :1]) for c, x in zip(self.codecs, fields, strict=True))
+        self.parts = tuple(tuple(_longer(t, 0, _LEAST_GROWTH) for t in parts) for parts in sample)
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""

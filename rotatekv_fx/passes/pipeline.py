@@ -10,6 +10,7 @@ from torch import fx
 from rotatekv_fx.errors import PassOrderError
 from rotatekv_fx.passes.base import Pass, Rewrite
 from rotatekv_fx.passes.cleanup import cleanup
+from rotatekv_fx.passes.fuse_attention import fuse_attention
 from rotatekv_fx.passes.insert_quantization import insert_quantization
 from rotatekv_fx.passes.insert_rotation import insert_rotation
 from rotatekv_fx.passes.lower_attention import lower_attention
@@ -23,7 +24,8 @@ INSERT = (
 )
 LOWER = (
     Pass("lower_attention", ("insert_rotation", "insert_quantization", "preserve_sinks"), lower_attention),
-    Pass("cleanup", ("lower_attention",), cleanup),
+    Pass("fuse_attention", ("lower_attention",), fuse_attention),
+    Pass("cleanup", ("lower_attention", "fuse_attention"), cleanup),
 )
 
 
