@@ -1,8 +1,8 @@
 """How keys after RoPE become codes, in the form that the ops `decode` and `extend` take it.
 
 The mean that a recipe removes before RoPE is, after it, a sum over pairs of channels of cos(p t) and
-sin(p t), p the position and t the pair's angle. The angles are read off the model's RoPE by asking it for powers of
-two, and checked at other positions: where they do not describe it, keys are read the general way.
+sin(p t), p the position and t the pair's angle. The angles are read off the model's RoPE by asking it for
+powers of two, and checked at other positions: where they do not describe it, keys are read the general way.
 """
 
 from __future__ import annotations

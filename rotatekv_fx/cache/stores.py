@@ -55,10 +55,10 @@ class GrowingStore:
         if self.limit is not None:
             self.drop_first(self.length - self.limit)
 
-    def start_with(self, fields: tuple[Tensor, ...]) -> None:
-        """Make buffers for tensors like `fields` ([B, H, any, D] each), without tokens."""
+    def start_with(self, fields: tuple[Tensor, ...], tokens: int) -> None:
+        """Make buffers of `tokens` slots, or a few, for tensors like `fields` ([B, H, any, D] each)."""
         sample = (c.encode(x[:, :, :1]) for c, x in zip(self.codecs, fields, strict=True))
-        self.parts = tuple(tuple(_longer(t, 0, _LEAST_GROWTH) for t in parts) for parts in sample)
+        self.parts = tuple(tuple(_longer(t, 0, tokens or _LEAST_GROWTH) for t in parts) for parts in sample)
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""

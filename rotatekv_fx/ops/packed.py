@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference as attention
+from rotatekv_fx.kernels.prefill import reference as prompts
 from rotatekv_fx.ops.registry import check_code, check_equal, check_ranks, declare
 
 _GROUPS = (
@@ -151,3 +152,40 @@ def _extend(key: Tensor, value: Tensor, *rest: Any) -> None:
     Raises:
         ConfigError: shapes, bits or groups do not fit.
     """
+
+
+def _check_prefill(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
+    history, recent, sinks, key_map, position = rest[:5]
+    key_bits, value_bits, key_group, value_group = rest[6:10]
+    check_ranks("prefill", 4, query=query)
+    _check_packed_layer(
+        "prefill", key, value, history, recent, sinks, key_map, position,
+        (key_bits, value_bits), (key_group, value_group), rest[13],
+    )  # fmt: skip
+    check_equal("prefill", "tokens of query and key", query.shape[2], key.shape[2], "give the new tokens")
+
+
+@declare(
+    "prefill(Tensor query, " + _GROUPS + "SymInt number, " + _QUANTIZERS + "float scale) -> Tensor",
+    reference=prompts.prefill,
+    check=_check_prefill,
+)
+def _prefill(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """Causal attention of new tokens over a packed layer, to which they are added as by `extend`.
+
+    Query i reads token j in its exact form where j > i - window, and through its codes elsewhere; sinks are
+    exact.
+
+    Args:
+        query: [B, Hq, S, D], after RoPE.
+        position: position id of the last new token, [B or 1, 1].
+        number: tokens in the cache before these.
+        others: as in op `decode`; the history does not wrap.
+
+    Returns:
+        [B, S, Hq, Dv] in the dtype of the query.
+
+    Raises:
+        ConfigError: shapes, bits or groups do not fit.
+    """
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], value.shape[3]))

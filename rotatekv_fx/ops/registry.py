@@ -13,7 +13,11 @@ from rotatekv_fx.config import SUPPORTED_BITS
 from rotatekv_fx.errors import ConfigError
 
 # Op name -> "module:function" of the Triton kernel that CUDA tensors run; imported inside the first call.
-TRITON_KERNELS: dict[str, str] = {}
+TRITON_KERNELS: dict[str, str] = {
+    "decode": "rotatekv_fx.kernels.attention.triton:decode",
+    "extend": "rotatekv_fx.kernels.quantize.triton:extend",
+    "prefill": "rotatekv_fx.kernels.prefill.triton:prefill",
+}
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
