@@ -26,6 +26,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def decode_choice(device: torch.device, units: int, capacity: int, rows: int) -> DecodeChoice:
     """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
 

@@ -29,6 +29,24 @@ def _round(x):
 
 
 @triton.jit
+def cos_sin(angle):
+    """fp32 cosine and sine of a float64 angle, by Taylor series in a half turn around 0."""
+    turns = angle * 0.15915494309189535
+    halves = tl.floor(turns * 2.0 + 0.5)
+    x = ((turns - halves * 0.5) * 6.283185307179586).to(tl.float32)
+    odd = halves - 2.0 * tl.floor(halves * 0.5)
+    sign = 1.0 - 2.0 * odd.to(tl.float32)
+    y = x * x
+    cos = -2.755731922398589e-07 + y * 2.08767569878681e-09
+    cos = 1.0 + y * (-0.5 + y * (0.041666666666666664 + y * (-0.001388888888888889 + y * (
+        2.48015873015873e-05 + y * cos))))  # fmt: skip
+    sin = 2.7557319223985893e-06 - y * 2.505210838544172e-08
+    sin = x * (1.0 + y * (-0.16666666666666666 + y * (0.008333333333333333 + y * (
+        -0.0001984126984126984 + y * sin))))  # fmt: skip
+    return cos * sign, sin * sign
+
+
+@triton.jit
 def _half_scale(scale):
     """The scale as it is stored, a normal fp16 number, in fp32."""
     return tl.minimum(tl.maximum(scale, _SCALE_MIN), _HALF_MAX).to(tl.float16).to(tl.float32)
@@ -118,8 +136,7 @@ def _quantize_group(
             pair = tl.arange(0, PAIRS)
             newest_position = tl.load(position_ptr + batch * position_stride, mask=inside, other=0)
             place = newest_position.to(tl.float64) + (number - (start + new_tokens - 1)).to(tl.float64)
-            angle = place[:, None] * tl.load(angle_ptr + pair)[None, :]
-            angle = (angle - tl.floor(angle / 6.283185307179586) * 6.283185307179586).to(tl.float32)
+            cos, sin = cos_sin(place[:, None] * tl.load(angle_ptr + pair)[None, :])
             mean = (
                 mean_ptr
                 + (unit * 2 * PAIRS + pair)[:, None].to(tl.int64) * (GROUPS * GROUP)
@@ -128,8 +145,8 @@ def _quantize_group(
             keep = real[None, :] & (pair >= 0)[:, None]
             by_cos = tl.load(mean, mask=keep, other=0.0)
             by_sin = tl.load(mean + PAIRS * GROUPS * GROUP, mask=keep, other=0.0)
-            y = tl.dot(-tl.cos(angle), by_cos, y, input_precision="tf32x3")
-            y = tl.dot(-tl.sin(angle), by_sin, y, input_precision="tf32x3")
+            y = tl.dot(-cos, by_cos, y, input_precision="tf32x3")
+            y = tl.dot(-sin, by_sin, y, input_precision="tf32x3")
     else:
         flat = group * GROUP + channel
         head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
