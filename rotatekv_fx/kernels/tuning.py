@@ -26,10 +26,21 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def row_block(rows: int, few: int) -> int:
+    """Rows of a program that multiplies by a layer's matrix; more than `few` go to tensor cores."""
+    if rows <= 4 * few:
+        return min(few, 1 << max(0, rows - 1).bit_length())
+    return 16 if rows < 64 else 64
+
+
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 def decode_choice(device: torch.device, units: int, capacity: int, rows: int) -> DecodeChoice:

@@ -239,9 +239,7 @@ def _history(
             planes = planes + (_query_plane(row_ptr + g * KGROUP, keep, kword, plane, KLOW, KGROUP),)
         for plane in tl.static_range(KHIGH):
             keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
-            planes = planes + (
-                4.0 * _query_plane(row_ptr + g * KGROUP, keep_high, bword, plane, 1, KGROUP),
-            )
+            planes = planes + (4.0 * _query_plane(row_ptr + g * KGROUP, keep_high, bword, plane, 1, KGROUP),)
 
     # The unit's largest |query channel| is brought to 2^12, so that no plane leaves fp16's normal range.
     largest = tl.maximum(tl.max(tl.max(tl.abs(whole), 1), 0), 1.0e-30)
@@ -407,7 +405,7 @@ def _exact(
     number = newest - WINDOW + 1 + index
     seen = (number >= earliest) & (number >= 0) & (index < WINDOW)
     keys, values, rows_held, slot = recent_keys, recent_values, ring, number % ring
-    if SINKS > 0:
+    if SINKS > 0:  # noqa: SIM102, a constant and a runtime condition
         if tile < SINK_TILES:
             index = tokens + tile * NE
             number = tl.load(sink_tokens + batch.to(tl.int64) * SINKS + index, mask=index < SINKS, other=-1)
@@ -483,7 +481,7 @@ def decode_kernel(
     """Grid (B * units, tiles + splits): tiles of exact tokens first, then shares of the history.
 
     `number` is the new token's (read from `count_ptr` where COUNTED). out fp32 [B, units, parts, R, DV],
-    weights fp32 [B, units, parts, R, 2]: each part's base, in units of log 2, and its sum of weights above it.
+    weights fp32 [B, units, parts, R, 2]: each part's base, in units of log 2, and its sum of weights.
     """
     EXACT: tl.constexpr = (SINKS + NE - 1) // NE + (WINDOW + NE - 1) // NE
     if DEPENDENT:
