@@ -478,7 +478,7 @@ def decode_kernel(
     N: tl.constexpr, NE: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
     WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * units, tiles + splits): tiles of exact tokens first, then shares of the history.
+    """Grid (B * units, splits + tiles): shares of the history first, then tiles of exact tokens.
 
     `number` is the new token's (read from `count_ptr` where COUNTED). out fp32 [B, units, parts, R, DV],
     weights fp32 [B, units, parts, R, 2]: each part's base, in units of log 2, and its sum of weights.
@@ -495,12 +495,13 @@ def decode_kernel(
     earliest = newest * 0
     if SLIDING > 0:
         earliest = tl.maximum(newest - SLIDING + 1, 0)
-    if tl.program_id(1) >= EXACT:
+    split, splits = tl.program_id(1), tl.num_programs(1) - EXACT
+    if split < splits:
         position = newest * 0
         if PAIRS > 0:
             position = tl.load(position_ptr + batch * position_stride).to(tl.int32) - newest
         _history(
-            batch, unit, tl.program_id(1) - EXACT, tl.num_programs(1) - EXACT, part,
+            batch, unit, split, splits, part,
             earliest, tl.maximum(newest + 1 - WINDOW, earliest),
             rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
             mask_ptr, mask_stride, mask_offset, mask_columns,
@@ -510,7 +511,7 @@ def decode_kernel(
         )  # fmt: skip
     else:
         _exact(
-            batch, unit, tl.program_id(1), part, newest, earliest,
+            batch, unit, split - splits, part, newest, earliest,
             query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
             mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, softcap, units, ring, out_ptr, weight_ptr,
@@ -603,11 +604,11 @@ def decode(
     unit_heads = layout.heads
     repeats = query_heads // heads
     rows = unit_heads * repeats
-    choice = tuning.decode_choice(query.device, batch * layout.units, history[0].shape[2], rows)
     sink_count = sinks[2].shape[1] if sinks else 0
     exact_tile = 32 if unit_heads == 1 and dim <= 128 else 16
     exact_tiles = triton.cdiv(sink_count, exact_tile) + triton.cdiv(window, exact_tile)
-    count_parts = exact_tiles + choice.splits
+    choice = tuning.decode_choice(query.device, batch * layout.units, history[0].shape[2], rows, exact_tiles)
+    count_parts = choice.splits + exact_tiles
     parts = query.new_empty((batch * layout.units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * layout.units, count_parts, rows, 2), dtype=torch.float32)
     dependent = tuning.dependent_launch(query.device)

@@ -442,7 +442,7 @@ def launch_step(
             QWIDTH=width, COLUMNS=columns, PAIRS=len(angles),
             SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
             MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
-            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, num_warps=8 if rows == 1 else 4,
+            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, num_warps=8,
         )  # fmt: skip
 
     ring_programs = batch * heads if recent else 0
