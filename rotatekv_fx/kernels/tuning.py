@@ -28,7 +28,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def row_block(rows: int, few: int) -> int:
     """Rows of a program that multiplies by a layer's matrix: `few` by hand, or 16 or 64 by tensor cores."""
-    if rows <= 16:
+    if rows <= 4 * few:
         return min(few, 1 << max(0, rows - 1).bit_length())
     return 16 if rows < 1024 else 64
 

@@ -102,6 +102,15 @@ def _split_dot(a, b, acc):
 
 
 @triton.jit
+def _prefetch(pointers):
+    """Bring what pointers point at to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [pointers.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _shown(x, seen, other, MASKED: tl.constexpr):
     """Tokens' numbers in fp32; those of masked tokens, which may be NaN, replaced."""
     x = x.to(tl.float32)
@@ -182,7 +191,7 @@ def _history(
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
     KWP: tl.constexpr, VWP: tl.constexpr, CP: tl.constexpr,
     PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
-    WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Weights and values of one share of the history."""
     # Words of a group, padded to a tensor-core step; 3-bit codes are a 2-bit plane and a 1-bit plane.
@@ -215,19 +224,30 @@ def _history(
     value_scale += value_rows
     value_offset += value_rows
     mask_ptr += batch.to(tl.int64) * mask_stride
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIRS)
+        angles = tl.load(angle_ptr + pair)
+        table = table_ptr + tokens[:, None] * (2 * PAIRS) + pair[None, :]
+        table_cos, table_sin = tl.load(table), tl.load(table + PAIRS)
+        cos, sin = cos_sin((position + start).to(tl.float64) * angles)
+        cos, sin = cos[:, None], sin[:, None]
+        turn_cos, turn_sin = cos_sin(N * angles)
+        turn_cos, turn_sin = turn_cos[:, None], turn_sin[:, None]
+    if DEPENDENT:
+        if not WRAPS:
+            ahead = tl.minimum(start + tl.arange(0, 2 * N), capacity - 1)
+            _prefetch(key_codes + ahead.to(tl.int64) * KWORDS)
+            _prefetch(value_codes + ahead.to(tl.int64) * VWORDS)
+        gdc_wait()  # for what `step_kernel` writes: rotated queries, the codes of one token, the ring
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
         mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
     )  # fmt: skip
     if PAIRS > 0:
-        pair = tl.arange(0, PAIRS)
-        angles = tl.load(angle_ptr + pair)
         from_cos = tl.load(row_ptr[None, :] + CHANNELS + pair[:, None], mask=inside[None, :], other=0.0)
         from_sin = tl.load(
             row_ptr[None, :] + CHANNELS + PAIRS + pair[:, None], mask=inside[None, :], other=0.0
         )
-        table = table_ptr + tokens[:, None] * (2 * PAIRS) + pair[None, :]
-        table_cos, table_sin = tl.load(table), tl.load(table + PAIRS)
     channel = tl.arange(0, CP)
     whole = tl.load(
         row_ptr[:, None] + channel[None, :], mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0
@@ -241,6 +261,8 @@ def _history(
             keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
             planes = planes + (4.0 * _query_plane(row_ptr + g * KGROUP, keep_high, bword, plane, 1, KGROUP),)
 
+    tl.debug_barrier()  # so that all loads are under way before the first is waited for
+
     # The unit's largest |query channel| is brought to 2^12, so that no plane leaves fp16's normal range.
     largest = tl.maximum(tl.max(tl.max(tl.abs(whole), 1), 0), 1.0e-30)
     top = 4096.0 / largest
@@ -253,11 +275,7 @@ def _history(
     for i in tl.static_range(KG * (KPLANES + KHIGH)):
         queries = queries + ((planes[i] * top).to(tl.float16),)
     if PAIRS > 0:
-        cos, sin = cos_sin((position + start).to(tl.float64) * angles)
-        cos, sin = cos[:, None], sin[:, None]
         by_cos, by_sin = from_cos * cos + from_sin * sin, from_sin * cos - from_cos * sin
-        turn_cos, turn_sin = cos_sin(N * angles)
-        turn_cos, turn_sin = turn_cos[:, None], turn_sin[:, None]
     accumulators = ()
     for g in tl.static_range(VG):
         for plane in tl.static_range(VPLANES):
@@ -439,6 +457,7 @@ def _exact(
                 mask=own[None, :] & (channel < D)[:, None], other=0.0,
             ),
         )  # fmt: skip
+    tl.debug_barrier()  # so that all loads are under way before the first is waited for
     scores = tl.zeros([NE, M], tl.float32)
     for u in tl.static_range(U):
         if query_ptr.dtype.element_ty == recent_keys.dtype.element_ty and not _INTERPRETED:
@@ -486,7 +505,6 @@ def decode_kernel(
     EXACT: tl.constexpr = (SINKS + NE - 1) // NE + (WINDOW + NE - 1) // NE
     if DEPENDENT:
         gdc_launch_dependents()
-        gdc_wait()
     newest = number
     if COUNTED:
         newest = tl.load(count_ptr).to(tl.int32)
@@ -507,9 +525,11 @@ def decode_kernel(
             mask_ptr, mask_stride, mask_offset, mask_columns,
             position, angle_ptr, table_ptr, softcap, capacity, units, out_ptr, weight_ptr,
             R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP, CP,
-            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP,
+            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT,
         )  # fmt: skip
     else:
+        if DEPENDENT:
+            gdc_wait()
         _exact(
             batch, unit, split - splits, part, newest, earliest,
             query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
@@ -597,9 +617,11 @@ def decode(
     layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
     width = key_map[2].shape[2]
     rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)
+    dependent = tuning.dependent_launch(query.device)
+    launch = {"launch_pdl": True} if dependent else {}
     launch_step(
         layout, key, value, history, recent, sinks, key_map, position, count, number, key_clip, value_clip,
-        scheme, window, wraps, query, rotated, scale * math.log2(math.e),
+        scheme, window, wraps, query, rotated, scale * math.log2(math.e), dependent,
     )  # fmt: skip
     unit_heads = layout.heads
     repeats = query_heads // heads
@@ -611,8 +633,6 @@ def decode(
     count_parts = choice.splits + exact_tiles
     parts = query.new_empty((batch * layout.units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * layout.units, count_parts, rows, 2), dtype=torch.float32)
-    dependent = tuning.dependent_launch(query.device)
-    launch = {"launch_pdl": True} if dependent else {}
     out = query.new_empty((batch, 1, query_heads, value_dim))
     recent_keys, recent_values = recent or (key, value)
     sink_keys, sink_values, sink_tokens = sinks or (recent_keys, recent_values, position)

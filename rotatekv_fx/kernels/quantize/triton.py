@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from rotatekv_fx.kernels import tuning
 
@@ -94,10 +95,14 @@ def _store_planes(
 
 @triton.jit
 def _product(x, matrix, y, ROWS: tl.constexpr):
-    """y + x @ matrix in fp32; one row is no work for tensor cores."""
+    """y + x @ matrix, for an fp32 matrix: one row is no work for tensor cores."""
     if ROWS == 1:
-        return y + tl.sum(tl.trans(x) * matrix, 0)[None, :]
-    return tl.dot(x, matrix, y, input_precision="tf32x3")
+        return y + tl.sum(tl.trans(x.to(tl.float32)) * matrix, 0)[None, :]
+    if x.dtype == tl.float32 or _INTERPRETED:
+        return tl.dot(x.to(tl.float32), matrix, y, input_precision="tf32x3")
+    high = matrix.to(x.dtype)  # and the matrix as the sum of two 16-bit ones
+    low = (matrix - high.to(tl.float32)).to(x.dtype)
+    return tl.dot(x, low, tl.dot(x, high, y))
 
 
 @triton.jit
@@ -121,6 +126,12 @@ def _quantize_group(
     column = tl.arange(0, PLANES * WIDTH)
     real = column % WIDTH < GROUP // PLANES
     channel = column // WIDTH * (GROUP // PLANES) + column % WIDTH  # within the group
+    if MARK and SINKS > 0:
+        sink = tl.arange(0, SINKS_PADDED)
+        marked = tl.load(
+            newest_sinks_ptr + batch[:, None] * SINKS + sink[None, :],
+            mask=(row < rows_total)[:, None] & (sink < SINKS)[None, :], other=-1,
+        )  # fmt: skip
     if TRANSFORM:
         y = tl.zeros([ROWS, PLANES * WIDTH], tl.float32)
         source = tl.arange(0, DP)
@@ -134,11 +145,6 @@ def _quantize_group(
             keep = real[None, :] & (pair >= 0)[:, None]
             by_cos = tl.load(mean, mask=keep, other=0.0)
             by_sin = tl.load(mean + PAIRS * GROUPS * GROUP, mask=keep, other=0.0)
-            newest_position = tl.load(position_ptr + batch * position_stride, mask=inside, other=0)
-            place = newest_position.to(tl.float64) + (number - (start + new_tokens - 1)).to(tl.float64)
-            cos, sin = cos_sin(place[:, None] * tl.load(angle_ptr + pair)[None, :])
-            y = _product(-cos, by_cos, y, ROWS)
-            y = _product(-sin, by_sin, y, ROWS)
         for u in tl.static_range(U):
             matrix = tl.load(
                 matrix_ptr
@@ -146,17 +152,30 @@ def _quantize_group(
                 + (group * GROUP + channel)[None, :],
                 mask=(source < D)[:, None] & real[None, :], other=0.0,
             )  # fmt: skip
+            if ROWS == 1:
+                tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
             head = batch * (units * U) + unit * U + u
             inner = inside[:, None] & (source < D)[None, :]
             x = tl.load(
                 new_ptr + (head * new_tokens + (number - start))[:, None] * D + source[None, :],
                 mask=inner & is_new[:, None], other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            x += tl.load(
+            )  # fmt: skip
+            x_held = tl.load(
                 ring_ptr + (head * ring + number % ring)[:, None] * D + source[None, :],
                 mask=inner & (is_new == 0)[:, None], other=0.0,
-            ).to(tl.float32)  # fmt: skip
+            )  # fmt: skip
+            if new_ptr.dtype == ring_ptr.dtype:
+                x = tl.where(is_new[:, None], x, x_held)
+            else:
+                x = x.to(tl.float32) + x_held.to(tl.float32)
             y = _product(x, matrix, y, ROWS)
+        if PAIRS > 0:
+            newest_position = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+            angles = tl.load(angle_ptr + pair)
+            place = newest_position.to(tl.float64) + (number - (start + new_tokens - 1)).to(tl.float64)
+            cos, sin = cos_sin(place[:, None] * angles[None, :])
+            y = _product(-cos, by_cos, y, ROWS)
+            y = _product(-sin, by_sin, y, ROWS)
     else:
         flat = group * GROUP + channel
         head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
@@ -183,12 +202,7 @@ def _quantize_group(
         _store_planes(codes, codes_ptr + at * BYTES, inside, ROWS, WIDTH, BITS, BYTES)
     if MARK and SINKS > 0:
         # a sink is read from its exact form: the negative scale hides its codes
-        sink = tl.arange(0, SINKS_PADDED)
-        token = tl.load(
-            newest_sinks_ptr + batch[:, None] * SINKS + sink[None, :],
-            mask=inside[:, None] & (sink < SINKS)[None, :], other=-1,
-        )  # fmt: skip
-        chosen = tl.max((token == number[:, None]).to(tl.int32), 1) > 0
+        chosen = tl.max((marked == number[:, None]).to(tl.int32), 1) > 0
         scale = tl.where(chosen, -scale, scale)
     tl.store(scale_ptr + at, scale.to(tl.float16), mask=inside)
     tl.store(offset_ptr + at, offset.to(offset_ptr.dtype.element_ty), mask=inside)
@@ -206,14 +220,20 @@ def _rotate_query(
         mask=(source < D)[:, None] & (column < WIDTH)[None, :], other=0.0,
     )  # fmt: skip
     if ROWS <= 4:
+        tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+        queries = ()
         for i in tl.static_range(ROWS):
             row = block * ROWS + i
             query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
             x = tl.load(
                 query_ptr + tl.cast(query_row, tl.int64) * D + source,
                 mask=(source < D) & (source * 0 + row < rows_total), other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            y = tl.sum((x * factor)[:, None] * matrix, 0)
+            )  # fmt: skip
+            queries = queries + (x,)
+        for i in tl.static_range(ROWS):
+            row = block * ROWS + i
+            query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
+            y = tl.sum(queries[i].to(tl.float32)[:, None] * matrix, 0) * factor
             tl.store(
                 rotated_ptr + tl.cast(query_row, tl.int64) * WIDTH + column, y,
                 mask=(column < WIDTH) & (column * 0 + row < rows_total),
@@ -225,8 +245,8 @@ def _rotate_query(
         x = tl.load(
             query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
             mask=inside[:, None] & (source < D)[None, :], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        y = tl.dot(x * factor, matrix, input_precision="tf32x3")
+        )  # fmt: skip
+        y = _product(x, matrix, tl.zeros([ROWS, COLUMNS], tl.float32), ROWS) * factor
         tl.store(
             rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y,
             mask=inside[:, None] & (column < WIDTH)[None, :],
@@ -277,13 +297,15 @@ def step_kernel(
     KWIDTH: tl.constexpr, VWIDTH: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
     TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr, QROWS: tl.constexpr,
-    RING_BLOCK: tl.constexpr,
+    RING_BLOCK: tl.constexpr, DEPENDED_ON: tl.constexpr,
 ):  # fmt: skip
     """Grid: key programs, then value, query and ring programs (B * Hkv of the last).
 
     New tokens are `number` ... number + new_tokens - 1 (number from `count_ptr` where COUNTED). `tokens` of
     them or of the ring's become codes in each sequence: the last ones outside the window of WINDOW.
     """
+    if DEPENDED_ON:
+        gdc_launch_dependents()  # the next kernel waits for this one's end where it needs its results
     start = number
     if COUNTED:
         start = tl.load(count_ptr).to(tl.int32)
@@ -404,6 +426,7 @@ def launch_step(
     query: Tensor | None = None,
     rotated: Tensor | None = None,
     factor: float = 1.0,
+    depended_on: bool = False,
 ) -> None:
     """Launch `step_kernel`: once for one new token; twice for several, whose ring may hold what leaves."""
     batch, heads, new, dim = key.shape
@@ -442,7 +465,8 @@ def launch_step(
             QWIDTH=width, COLUMNS=columns, PAIRS=len(angles),
             SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
             MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
-            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, num_warps=8,
+            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
+            num_warps=16 if rows == 1 else 8,
         )  # fmt: skip
 
     ring_programs = batch * heads if recent else 0
