@@ -255,13 +255,20 @@ def _find_pre_rope_key(
     path = [n for n in graph.nodes if _carries_tensors(n) and (n is key_post or n in depends[key_post])]
     wanted = (capture.key_shape[1], capture.key_shape[3])
 
+    tokens = _static(hidden.meta["val"].shape[1]) if hidden.meta["val"].dim() > 1 else None
+    if tokens == wanted[0]:
+        raise _Reject(f"{tokens} tokens and as many KV heads: their axes cannot be told apart", key_post)
+
+    def is_tokens(size: Any) -> bool:
+        return _static(size) == tokens
+
     def layout(node: fx.Node) -> str | None:
         if not _is_tensor(node) or node.meta["val"].dim() != 4:
             return None
         _, one, two, last = node.meta["val"].shape
-        if (_static(one), _static(last)) == wanted and not isinstance(two, int):
+        if (_static(one), _static(last)) == wanted and is_tokens(two):
             return "bhsd"
-        if (_static(two), _static(last)) == wanted and not isinstance(one, int):
+        if (_static(two), _static(last)) == wanted and is_tokens(one):
             return "bshd"
         return None
 
