@@ -13,8 +13,10 @@ may change between calls (`load_state_dict`, an adapter) and would be held twice
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -153,8 +155,10 @@ def _rewrite(
     site.key_projection = site.value_projection = site.output_projection = None
     with unset_fake_temporarily():
         plan = recipes.get(config.recipe).plan(shape, config.for_layer(index), statistics)
+        if site.hidden_example.shape[1] == 1:
+            plan = dataclasses.replace(plan, sinks=0)  # the packed cache chooses them among several tokens
         rewrite = Rewrite(site, plan, exact_dtype=exact_dtype(site.hidden_example.dtype, statistics))
-        dump = None if config.dump_dir is None else dump_to(config.dump_dir, f"layer_{index:02d}")
+        dump = None if config.dump_dir is None else dump_to(Path(config.dump_dir), f"layer_{index:02d}")
         counts = run_passes(rewrite, INSERT + WITHOUT_CACHE, dump)
     _splice(graph_module, region, rewrite)
     return counts

@@ -137,6 +137,7 @@ def _region(
         arguments=arguments,
         key_shape=key_shape,
         value_shape=value_shape,
+        fixed_sizes=True,
     )
     return Region(capture, nodes, {n.name: n for n in external}, outputs, block)
 
