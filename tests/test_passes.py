@@ -16,7 +16,7 @@ from rotatekv_fx.capture import capture, lookup
 from rotatekv_fx.errors import PassOrderError
 from rotatekv_fx.passes.base import Pass, Rewrite
 from rotatekv_fx.passes.normalize import normalize
-from rotatekv_fx.passes.pipeline import INSERT, LOWER, check_order, run_passes
+from rotatekv_fx.passes.pipeline import INSERT, LOWER, WITHOUT_CACHE, check_order, run_passes
 from rotatekv_fx.recipes import LayerPlan, LayerShape
 from rotatekv_fx.sites import ATTENTION, KV_UPDATE
 
@@ -109,6 +109,7 @@ class Seen:
 
 def test_the_pipeline_is_in_order():
     check_order(INSERT + LOWER)
+    check_order(INSERT + WITHOUT_CACHE)
     assert [p.name for p in INSERT + LOWER] == [
         "insert_rotation",
         "insert_quantization",

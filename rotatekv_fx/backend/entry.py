@@ -25,7 +25,7 @@ def rotatekv(
 
     The graph of a transformed model holds our ops already, and inductor compiles it as it is. In the graph of
     an untransformed model `insert` finds the attention sites and inserts rotate, quantize, dequantize and
-    sink nodes.
+    sink nodes. Both are for inference: our ops carry no gradient.
 
     Args:
         graph_module: the graph; changed in place.
