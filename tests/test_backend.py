@@ -338,7 +338,8 @@ class Attention(nn.Module):
             scores = query @ key.transpose(-1, -2) * 32**-0.5
             attended = torch.softmax(scores * torch.sigmoid(scores), -1) @ value
         else:
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            causal = self.spelling != "seeing all"
+            attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
             if self.spelling == "twice":
                 attended = attended + F.scaled_dot_product_attention(query, key, value)
         return self.projections["o"](attended.transpose(1, 2).flatten(2))
@@ -349,6 +350,11 @@ class Attention(nn.Module):
     [
         (nn.Sequential(OrderedDict(only=Attention("plain"))), "no numbered block encloses only"),
         (Attention("plain"), "the attention was traced outside of any module"),
+        (nn.Sequential(Attention("seeing all")), "its attention is not causal"),
+        (
+            nn.Sequential(OrderedDict((name, nn.Sequential(Attention("plain"))) for name in ("one", "two"))),
+            "2 attention modules are in blocks of this number",
+        ),
         (nn.Sequential(Attention("twice")), "several attentions in one module, expected 1"),
         (nn.Sequential(Attention("biased")), "the scores are no scaled product of queries and keys"),
     ],
@@ -361,8 +367,10 @@ def test_attention_that_does_not_match_is_logged_and_left(model, reason, eager_i
     assert any(reason in record.getMessage() and "[node " in record.getMessage() for record in caplog.records)
 
 
-def test_bare_attention_in_a_numbered_block_matches(eager_inductor):
-    model, x = nn.Sequential(Attention("plain")), torch.randn(2, 9, 64)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_bare_attention_in_numbered_blocks_matches(layers, eager_inductor):
+    """The second reads what the first returns."""
+    model, x = nn.Sequential(*[Attention("plain") for _ in range(layers)]), torch.randn(2, 9, 64)
     with torch.no_grad():
         exact, found = model(x), compiled(model, {"recipe": "rtn", "key_bits": 8, "value_bits": 8})(x)
     assert 0.0 < zoo.relative(found, exact) < 0.01

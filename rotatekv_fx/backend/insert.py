@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,15 @@ def insert(graph_module: fx.GraphModule, options: Options) -> dict[int, dict[str
     with unset_fake_temporarily():
         calibration = options.load_calibration()
     counts = {}
-    for region in regions:
+    numbers = Counter(region.capture.layer_index for region in regions)
+    for region in reversed(regions):  # a region may read what an earlier one returns
         normalize(region.capture)
         sites, refused = find_sites([region.capture])
         rejections += refused
         for site in sites:
             reason = _unfit(region, site, options, calibration)
+            if numbers[site.layer_index] > 1:
+                reason = f"{numbers[site.layer_index]} attention modules are in blocks of this number"
             if reason is None:
                 counts[site.layer_index] = _rewrite(graph_module, region, site, options, calibration)
             else:
@@ -83,13 +87,13 @@ def insert(graph_module: fx.GraphModule, options: Options) -> dict[int, dict[str
     graph_module.graph.lint()
     graph_module.recompile()
     _log(counts, rejections)
-    return counts
+    return dict(sorted(counts.items()))
 
 
 def _log(counts: dict[int, Any], rejections: list[Rejection]) -> None:
     if counts:
         logger.info("Inserted rotate, quantize and sink nodes in %d attention modules.", len(counts))
-    for one in rejections:
+    for one in sorted(rejections, key=lambda r: r.layer_index):
         if one.reason == OWN_CACHE:
             _warn_of_cache()
         else:
@@ -120,13 +124,16 @@ def _unfit(
         CalibrationError: it does not have this layer.
     """
     recipe, config = recipes.get(options.config.recipe), options.config
+    causal = site.mask is not None or site.capture.arguments.static["is_causal"]
+    if not causal and site.hidden_example.shape[1] != 1:
+        return "its attention is not causal, as that of a decoder is"
+    if len(_block_inputs(region, site)) != 1:
+        return f"{len(_block_inputs(region, site))} activations enter its block, expected 1 to name sinks by"
     if calibration is None and recipe.needs_calibration:
         raise ConfigError(
             f"recipe {config.recipe!r} needs a calibration; give options={{'calibration': path}} with a file "
             "that calibrate(model).save(path) wrote, or use a recipe that needs none."
         )
-    if len(_block_inputs(region, site)) != 1:
-        return f"{len(_block_inputs(region, site))} activations enter its block, expected 1 to name sinks by"
     if calibration is None:
         return None
     statistics = calibration.layers.get(site.layer_index)
@@ -169,14 +176,13 @@ def _splice(graph_module: fx.GraphModule, region: Region, rewrite: Rewrite) -> N
     whole, own = graph_module.graph, set(region.nodes)
     order = {node: i for i, node in enumerate(whole.nodes)}
     readers = [u for n in region.outputs for u in n.users if u not in own]
-    device = rewrite.site.device
+    (residual,) = _block_inputs(region, rewrite.site)
     constants = {**rewrite.site.capture.constants, **rewrite.buffers}
     env: dict[fx.Node, Any] = {}
     fakes = _Fakes(region)
     with whole.inserting_before(min(readers, key=order.__getitem__)):
         for node in rewrite.graph.nodes:
             if node.op == "placeholder":
-                (residual,) = _block_inputs(region, rewrite.site)
                 env[node] = residual if node is rewrite.residual else region.sources[node.name]
             elif node.op == "get_attr":
                 place, _, name = str(node.target).partition(".")
@@ -184,7 +190,9 @@ def _splice(graph_module: fx.GraphModule, region: Region, rewrite: Rewrite) -> N
                     env[node] = region.sources[name]
                     continue
                 buffer = f"{BUFFER}{region.capture.layer_index}_{name}"
-                graph_module.register_buffer(buffer, constants[name].to(device), persistent=False)
+                graph_module.register_buffer(
+                    buffer, constants[name].to(rewrite.site.device), persistent=False
+                )
                 env[node] = whole.get_attr(buffer)
                 fakes.of_buffer(env[node], getattr(graph_module, buffer))
             elif node.op == "output":

@@ -115,6 +115,8 @@ def _region(
     if any(n is not anchor and _attends(n) for n in nodes):
         raise NotUnderstood("several attentions in one module, expected 1", anchor)
     outputs = [n for n in nodes if any(u not in own for u in n.users)]
+    if not outputs:
+        raise NotUnderstood("nothing reads what its module returns", anchor)
     external = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in own))
     _refuse_own_cache(anchor, own, outputs)
     parameters = [n for n in external if _is_parameter(n)]
