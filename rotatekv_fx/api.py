@@ -8,14 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rotatekv_fx import ops, recipes
 from rotatekv_fx.binding import Binding, Original, bind, unbind
 from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, key_map, plan_positions
 from rotatekv_fx.cache.codec import Codec
-from rotatekv_fx.calibration import Calibration, LayerStatistics
+from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype
 from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
@@ -31,9 +30,6 @@ from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 logger = logging.getLogger(__name__)
 _STATE = "rotatekv_state"
 _SUPPORTED_ATTENTION = ("sdpa", "eager")
-_FP16_MARGIN = (
-    4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,12 +343,7 @@ def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime) -> set[str]:
 
 def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:
     dtype = site.hidden_example.dtype
-    exact = dtype
-    if dtype.itemsize > 2:
-        norm = (
-            max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
-        )
-        exact = torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
+    exact = exact_dtype(dtype, statistics)
     key = Codec(plan.key_quantizer, site.kv_heads, dtype)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
     return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)

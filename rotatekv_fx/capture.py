@@ -137,7 +137,8 @@ class Capture:
 
     `graph` is rooted at the attention module: its placeholders are `inputs`, in order; parameters and buffers
     are `get_attr` nodes by their own names; lifted constants are `get_attr` nodes below `rotatekv.` and
-    listed in `constants`. `arguments` is None when the module computes its attention inline.
+    listed in `constants`. `arguments` is None when the module computes its attention inline. Batch and length
+    are symbols, unless the graph has `fixed_sizes` and will run at those only.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Capture:
     arguments: AttentionArguments | None
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
+    fixed_sizes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
