@@ -10,14 +10,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rotatekv_fx import ops, recipes, saving
 from rotatekv_fx.binding import SUPPORTED_ATTENTION, Binding, Original, bind, unbind
-from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, plan_positions
+from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, key_map, plan_positions
 from rotatekv_fx.cache.codec import Codec
-from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
+from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype, model_fingerprint
 from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
@@ -32,9 +31,6 @@ from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 
 logger = logging.getLogger(__name__)
 _STATE = "rotatekv_state"
-_FP16_MARGIN = (
-    4.0  # exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,6 +356,9 @@ def _rewrite(
     module, example = site.capture.module, site.hidden_example
     device = example.device
     buffers = {**site.capture.constants, **rewrite.buffers}
+    if counts["fuse_attention"]["fused"]:
+        partner = statistics.partner if statistics is not None else None
+        buffers |= key_map(plan, shape, rope or Rope(site).to(device), positions, partner, device)
     runtime = AttentionRuntime(
         site.layer_index,
         _layer_spec(site, plan, statistics),
@@ -369,7 +368,7 @@ def _rewrite(
         config.debug,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
-    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite))}
+    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite, runtime))}
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     reads_mask = site.attention is None and site.mask is not None
     mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
@@ -386,10 +385,12 @@ def _mark(config: RotateKVConfig, statistics: LayerStatistics | None) -> int:
     return int.from_bytes(digest.digest()[:7])
 
 
-def _ops_of(rewrite: Rewrite) -> set[str]:
+def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime) -> set[str]:
     """Names of our ops that the rewritten graph and its packed layer run."""
     targets = (str(n.target) for n in rewrite.graph.nodes if n.op == "call_function")
     used = {t.split(".")[1] for t in targets if t.startswith("rotatekv.")}
+    if rewrite.graph.find_nodes(op="call_method", target="attend"):
+        used |= {"attend", "decode"} if runtime.decodes else {"attend"}
     quantizers = (rewrite.plan.key_quantizer, rewrite.plan.value_quantizer)
     used |= {"quantize", "dequantize", "append"} if any(quantizers) else {"store"}
     return used | ({"select_sinks", "take_tokens", "restore_sinks"} if rewrite.plan.sinks else set())
@@ -397,12 +398,7 @@ def _ops_of(rewrite: Rewrite) -> set[str]:
 
 def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:
     dtype = site.hidden_example.dtype
-    exact = dtype
-    if dtype.itemsize > 2:
-        norm = (
-            max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
-        )
-        exact = torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
+    exact = exact_dtype(dtype, statistics)
     key = Codec(plan.key_quantizer, site.kv_heads, dtype)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
     return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)

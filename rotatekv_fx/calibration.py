@@ -165,6 +165,18 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+# Exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits.
+_FP16_MARGIN = 4.0
+
+
+def exact_dtype(dtype: torch.dtype, statistics: LayerStatistics | None) -> torch.dtype:
+    """What exact tokens (sinks, recent window) of a model of some dtype are kept in: 16 bits wide."""
+    if dtype.itemsize <= 2:
+        return dtype
+    norm = max(float(statistics.key_norm), float(statistics.value_norm)) if statistics is not None else 0.0
+    return torch.float16 if norm * _FP16_MARGIN < torch.finfo(torch.float16).max else torch.bfloat16
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of a model's config and of samples of every parameter, as bfloat16 so that dtypes agree."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}

@@ -175,7 +175,10 @@ class CapturedInput:
     path: KeyPath
     example: Tensor
     producer: Producer | None
-    origin: Tensor
+    origin: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.origin = self.example if self.origin is None else self.origin
 
 
 @dataclasses.dataclass
@@ -185,7 +188,8 @@ class Capture:
     `graph` is rooted at the attention module: its placeholders are `inputs`, in order; parameters and buffers
     are `get_attr` nodes by their own names; lifted constants are `get_attr` nodes below `rotatekv.` and
     listed in `constants`. `arguments` is None when the module computes its attention inline. `sliding` says
-    that its cache layer forgets tokens.
+    that its cache layer forgets tokens. Batch and length are symbols, unless the graph has `fixed_sizes` and
+    will run at those only.
     """
 
     name: str
@@ -200,6 +204,7 @@ class Capture:
     key_shape: tuple[int, ...]
     value_shape: tuple[int, ...]
     sliding: bool = False
+    fixed_sizes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,14 +276,20 @@ def _find_pre_rope_key(
 ) -> tuple[fx.Node, bool]:
     path = [n for n in graph.nodes if _carries_tensors(n) and (n is key_post or n in depends[key_post])]
     wanted = (capture.key_shape[1], capture.key_shape[3])
+    tokens = _static(hidden.meta["val"].shape[1]) if capture.fixed_sizes else None
+
+    def is_tokens(size: Any) -> bool:
+        return _static(size) == tokens
 
     def layout(node: fx.Node) -> str | None:
         if not _is_tensor(node) or node.meta["val"].dim() != 4:
             return None
         _, one, two, last = node.meta["val"].shape
-        if (_static(one), _static(last)) == wanted and not isinstance(two, int):
+        if tokens == wanted[0] and (_static(one), _static(two), _static(last)) == (tokens, *wanted):
+            return {True: "bhsd", False: "bshd", None: None}[_axes_swapped(node)]
+        if (_static(one), _static(last)) == wanted and is_tokens(two):
             return "bhsd"
-        if (_static(two), _static(last)) == wanted and not isinstance(one, int):
+        if (_static(two), _static(last)) == wanted and is_tokens(one):
             return "bshd"
         return None
 
@@ -308,6 +314,22 @@ def _find_pre_rope_key(
         f"[B, {wanted[0]}, S, {wanted[1]}] lies before the positions enter (a latent or shared key?)",
         last_dominator,
     )
+
+
+def _axes_swapped(node: fx.Node) -> bool | None:
+    """Whether axes 1 and 2 of a 4-D tensor changed places since it was made of a [B, S, C] one; None if
+    unknown.
+    """
+    swapped = False
+    while not _is_tensor(node) or node.meta["val"].dim() > 3:
+        swaps = node.target is aten.transpose.int and {a % 4 for a in node.args[1:]} == {1, 2}
+        permutes = node.target is aten.permute.default and list(node.args[1]) == [0, 2, 1, 3]
+        swapped ^= swaps or permutes
+        sources = [n for n in _tensor_inputs(node) if n.op == "call_function"]
+        if not sources:
+            return None
+        node = sources[0]
+    return swapped
 
 
 def _static(size: Any) -> int | None:

@@ -92,9 +92,9 @@ def test_a_transform_that_breaks_off_leaves_the_model_as_it_was(monkeypatch, err
 def test_generating_that_breaks_off_leaves_the_model_usable(monkeypatch, packed, error, cache, call):
     options = {} if cache is None else {"cache_implementation": "static", "disable_compile": True}
     expected = generate(packed, **options)
-    failing = FailsAt(AttentionRuntime.update, error, call)
+    failing = FailsAt(AttentionRuntime._received, error, call)
     with monkeypatch.context() as patch:
-        patch.setattr(AttentionRuntime, "update", lambda *args: failing(*args))
+        patch.setattr(AttentionRuntime, "_received", lambda *args: failing(*args))
         with pytest.raises(type(error)):
             generate(packed, **options)
     assert failing.left == 0
@@ -104,9 +104,9 @@ def test_generating_that_breaks_off_leaves_the_model_usable(monkeypatch, packed,
 def test_a_static_cache_can_be_used_again_after_a_break(monkeypatch, packed):
     cache = StaticCache(config=packed.config, max_cache_len=40)
     expected = generate(packed)
-    failing = FailsAt(AttentionRuntime.update, KeyboardInterrupt(), 6)
+    failing = FailsAt(AttentionRuntime._received, KeyboardInterrupt(), 6)
     with monkeypatch.context() as patch:
-        patch.setattr(AttentionRuntime, "update", lambda *args: failing(*args))
+        patch.setattr(AttentionRuntime, "_received", lambda *args: failing(*args))
         with pytest.raises(KeyboardInterrupt):
             generate(packed, past_key_values=cache, disable_compile=True)
     cache.reset()

@@ -79,7 +79,7 @@ def test_opcheck(name, arguments):
 
 def test_every_op_has_samples_and_there_are_no_others():
     assert sorted({name for name, _ in SAMPLES}) == OPS
-    assert sorted(ops._REFERENCES) == OPS
+    assert sorted(ops.REFERENCES) == OPS
 
 
 # Compiling and exporting
@@ -182,7 +182,7 @@ def test_reference_traces_without_specialising_the_length(name):
             "take_tokens": lambda: (x, torch.tensor([[tokens - 1, 0]])),
         }[name]()
 
-    matrix, order, reference = hadamard(32)[None], torch.randperm(32), ops._REFERENCES[name]
+    matrix, order, reference = hadamard(32)[None], torch.randperm(32), ops.REFERENCES[name]
 
     def function(*tensors):
         rest = {
@@ -245,15 +245,15 @@ def test_a_named_triton_kernel_serves_cuda_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "some_kernels", module)
     monkeypatch.setitem(ops.TRITON_KERNELS, "store", "some_kernels:fast_store")
     assert ops.lowered_to("store", "cuda") == "triton"
-    assert ops._implementation("store", "cuda")() == "fast"
+    assert ops.implementation("store", "cuda")() == "fast"
     assert ops.lowered_to("store", "cpu") == "reference"
-    assert ops._implementation("store", "cpu") is ops._REFERENCES["store"]
+    assert ops.implementation("store", "cpu") is ops.REFERENCES["store"]
 
 
 def test_a_triton_kernel_that_cannot_be_imported_is_an_error(monkeypatch):
     monkeypatch.setitem(ops.TRITON_KERNELS, "store", "no_such_module:store")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        ops._implementation("store", "cuda")
+        ops.implementation("store", "cuda")
 
 
 def test_lowered_to_names_an_unknown_op():

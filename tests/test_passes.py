@@ -16,7 +16,7 @@ from rotatekv_fx.capture import capture, lookup
 from rotatekv_fx.errors import PassOrderError
 from rotatekv_fx.passes.base import Pass, Rewrite
 from rotatekv_fx.passes.normalize import normalize
-from rotatekv_fx.passes.pipeline import INSERT, LOWER, check_order, run_passes
+from rotatekv_fx.passes.pipeline import INSERT, LOWER, WITHOUT_CACHE, check_order, run_passes
 from rotatekv_fx.recipes import LayerPlan, LayerShape
 from rotatekv_fx.sites import ATTENTION, KV_UPDATE
 
@@ -116,6 +116,12 @@ def test_the_pipeline_is_in_order():
         "lower_attention",
         "cleanup",
     ]
+
+
+def test_the_pipeline_without_a_cache_is_in_order():
+    check_order(INSERT + WITHOUT_CACHE)
+    with pytest.raises(PassOrderError):
+        check_order(WITHOUT_CACHE)
 
 
 def test_an_order_is_refused_exactly_where_a_pass_comes_too_early():

@@ -1,18 +1,21 @@
 """Packed twins of transformers' cache layers: dynamic, sliding, static and static-sliding.
 
-A layer keeps old tokens as codes and, where the recipe has a recent window, the last `window + slack` tokens
-exactly:
+A layer keeps tokens outside the recent window as codes (its history), and the last `window + slack` tokens
+exactly in a ring:
 
-    new tokens -> recent (exact) -> history (codes)
+    new tokens -> recent (exact, a ring) -> history (codes) as they leave the window
 
-and, if it is the first layer to receive them, the positions that several layers share. Each kind has the
-length and mask semantics of the layer it replaces. What the attention reads is one token axis:
+and, if it is the first layer to receive them, the positions that several layers share. Tokens of the slack
+are in both, so that a crop of up to as many restores the window. Each kind has the length and mask semantics
+of the layer it replaces.
 
-* one new token, or no window: history, then recent tokens. Recent tokens outside the window (slack) go
-  through the codes on the way.
-* several new tokens and a window: history, then recent and new tokens twice, through the codes and exact. The
-  mask lets query i see the exact form of token j where j > i - window, and the other form elsewhere, so that
-  results do not depend on how a prompt is cut into chunks.
+One new token is attended to by the op `decode`, on the packed tensors themselves, where the recipe stores
+keys after RoPE. Otherwise the attention reads one token axis:
+
+* one new token, or no window: history, then the window.
+* several new tokens and a window: history and what leaves the window through the codes, then the window and
+  the new tokens exact. The mask lets query i see the exact form of token j where j > i - window, and the
+  other form elsewhere, so that results do not depend on how a prompt is cut into chunks.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from rotatekv_fx.cache.sinks import SinkStore
 from rotatekv_fx.cache.stores import GrowingStore, PositionStore, RingStore
 from rotatekv_fx.errors import StateError
 
+ops = torch.ops.rotatekv
 Store = GrowingStore | RingStore
 
 
@@ -67,8 +71,10 @@ class LayerSpec:
 
     @property
     def recent(self) -> int:
-        """Exact tokens kept behind the newest."""
-        return self.window + self.slack if self.window else 0
+        """Slots of exact tokens: one more than the window at least, so that the token that leaves it is still
+        there.
+        """
+        return self.window + max(self.slack, 1) if self.window else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +116,9 @@ class PackedLayer:
     is_initialized: bool
     get_mask_sizes: Callable[[int], tuple[int, int]]
     history: Store
-    recent: Store
+    recent: RingStore
+    window: int  # of the spec, or what the layer holds at most
+    exact_from: int  # in growing layers, the first token whose exact form is in `recent`
     positions: PositionStore | None  # held by the owner, where the recipe needs any
 
     def _set_up(self, spec: LayerSpec, owner: PackedLayer | None) -> None:
@@ -120,10 +128,15 @@ class PackedLayer:
         self.residual: Tensor | None = None
         # until the first one-token step or crop, new tokens may become sinks
         self.prompt_open = True
+        self.exact_from = 0
 
-    def _store(self, codecs: tuple[Codec, ...], tokens: int) -> Store:
-        """A store for that many tokens (or fewer, where a growing layer has no limit)."""
+    def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
+        """A store for at most that many tokens, or for any number."""
         raise NotImplementedError
+
+    def _ring(self, codecs: tuple[Codec, ...], tokens: int) -> RingStore:
+        """A store for the last tokens."""
+        return RingStore(codecs, tokens, wraps=True, fixed=False)
 
     def _capacity(self) -> int | None:
         """Tokens the layer holds at most, or None."""
@@ -144,11 +157,13 @@ class PackedLayer:
         self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
         self.keys = self.values = key.new_empty(0)  # models ask transformers' layers how much these hold
         spec, capacity = self.spec, self._capacity()
-        recent = spec.recent if capacity is None else min(spec.recent, capacity)
+        self.window = spec.window if capacity is None else min(spec.window, capacity)
         exact = tuple(as_exact(x, spec.exact_dtype) for x in (key, value))
-        self.history = self._store((spec.key, spec.value), None if capacity is None else capacity - recent)
+        self.history = self._store(
+            (spec.key, spec.value), None if capacity is None else max(1, capacity - self.window)
+        )
         self.history.allocate((key, value))
-        self.recent = self._store(tuple(as_it_is(x) for x in exact), recent)
+        self.recent = self._ring(tuple(as_it_is(x) for x in exact), spec.recent)
         self.recent.allocate(exact)
         self.is_initialized = True
 
@@ -189,7 +204,139 @@ class PackedLayer:
         if self.spec.sinks:
             self._choose_sinks(key, value, residual, visible_to_itself(mask, new - offset), start)
         self._advance(count)
+        self._hide_sinks()
         return self._joined(axes, mask, new, columns, offset)
+
+    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether `decode` can attend to this layer: one token, and a window whose tokens are all exact."""
+        if query.shape[2] != 1 or not (mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)):
+            return False
+        coded = self._coded() if self.is_initialized else None
+        return coded is None or coded == max(0, self._length_on_host() - self.window)
+
+    def decode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Parts,
+        mask: Tensor | None,
+        key_map: list[Tensor],
+        scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Store one new token and attend to the packed tensors as they are: the op `decode`.
+
+        Args:
+            query: [B, Hq, 1, D], after RoPE.
+            key, value: [B, Hkv, 1, D] in the form that exact tokens are kept in.
+            positions: stored positions [B or 1, 1, 1, 1] of the new token, or none.
+            mask: bool [B or 1, 1, 1, N], or None.
+            key_map, scale, softcap, sink_logits: as the op takes them.
+
+        Returns:
+            [B, 1, Hq, Dv].
+        """
+        self._check_fits(1)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        start, (_, offset) = self._start(), self.get_mask_sizes(1)
+        if self.owner is self:
+            self._begin_positions(positions, start)
+        self.prompt_open = False
+        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
+        counted = isinstance(start, Tensor)
+        self._make_room(key, value)
+        out = ops.decode(
+            query, key, value, [t for parts in self.history.parts for t in parts],
+            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
+            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
+            key_map, place, None if mask is None else mask[:, 0, 0], start if counted else None,
+            0 if counted else start, offset, *self._quantizers(), self.window,
+            self._capacity() if self.is_sliding else 0, self.is_sliding, scale, softcap, sink_logits,
+        )  # fmt: skip
+        self._stored(1)
+        self._advance(1)
+        return out
+
+    def prefills(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether `prefill` can attend to this layer: several tokens, causal, and a window that is whole."""
+        start = self._known_start()
+        if query.shape[2] == 1 or self.is_sliding or start is None:
+            return False
+        coded = self._coded() if self.is_initialized else None
+        if coded is not None and coded != max(0, start - self.window):
+            return False
+        return mask is None or (mask.dtype is torch.bool and _is_causal(mask, start))
+
+    def _known_start(self) -> int | None:
+        """Number of the next token, where the host knows it."""
+        return self._length_on_host()
+
+    def prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Parts,
+        residual: Tensor | None,
+        key_map: list[Tensor],
+        scale: float,
+    ) -> Tensor:
+        """Store several new tokens and attend to the layer causally: the op `prefill`.
+
+        Args:
+            query: [B, Hq, S, D], after RoPE.
+            residual: the block's input [B, S, C] while sinks are chosen, else None.
+            others: as in `decode`.
+
+        Returns:
+            [B, S, Hq, Dv].
+        """
+        count = key.shape[2]
+        self._check_fits(count)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        start = self._known_start()
+        if self.owner is self:
+            self._begin_positions(positions, self._start())
+        if self.spec.sinks:
+            self._choose_sinks(key, value, residual, None, start)
+            self._hide_sinks()
+        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
+        self._make_room(key, value)
+        out = ops.prefill(
+            query, key, value, [t for parts in self.history.parts for t in parts],
+            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
+            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
+            key_map, place, start, *self._quantizers(), self.window, scale,
+        )  # fmt: skip
+        self._stored(count)
+        self._advance(count)
+        return out
+
+    def _quantizers(self) -> tuple[object, ...]:
+        """The arguments of `decode` from key_bits to scheme."""
+        k, v = self.spec.key.quantizer, self.spec.value.quantizer
+        return k.bits, v.bits, k.group, v.group, k.clip, v.clip, k.scheme
+
+    def _length_on_host(self) -> int:
+        """Tokens held, in growing layers."""
+        return 0
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        """See that the history has slots for these new tokens."""
+
+    def _stored(self, count: int) -> None:
+        """Keep count of tokens that an op has written."""
+        end = self._start() + count
+        self.recent.counted(end)
+        if isinstance(self.history, RingStore):
+            self.history.counted(end - self.window)
+        else:
+            self.history.length = max(0, end - self.window)
+            self.exact_from = max(self.exact_from, end - self.recent.size)
 
     def _check_fits(self, count: int) -> None:
         """Raise where `count` new tokens have no room."""
@@ -206,32 +353,46 @@ class PackedLayer:
     def _places(self, numbers: Tensor) -> Parts:
         return self.owner.positions.at(numbers) if self.owner.positions is not None else ()
 
+    def _coded(self) -> int | None:
+        """Number of the first token without codes, in growing layers."""
+        return self.history.end if isinstance(self.history, GrowingStore) else None
+
     def _write(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> None:
-        """New tokens go to the recent ones, and those that leave them to the history; without a window, at
-        once.
+        """New tokens go to the recent ones, and those that leave the window to the history; without a window,
+        at once.
         """
         start = self._start()
         if not self.spec.window:
             self.history.push((form.to_codes(key, self._places(new)), value), start)
             return
-        keys, values, numbers = self._recent_and(key, value, new)
-        leaving = self.recent.overflow(key.shape[2])
+        keys, values, numbers, leaving = self._leaving(key, value, new)
         if leaving:
-            first = start + new.shape[0] - numbers.shape[0]
             moved = form.to_codes(keys[:, :, :leaving], self._places(numbers[:leaving]))
+            first = start + new.shape[0] - numbers.shape[0]
             self.history.push((moved, values[:, :, :leaving]), first)
         self.recent.push(tuple(as_exact(x, self.spec.exact_dtype) for x in (key, value)), start)
+        if isinstance(start, int):
+            self.exact_from = max(self.exact_from, start + new.shape[0] - self.recent.size)
 
-    def _recent_and(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Recent tokens in order, then the new ones: keys, values and numbers."""
-        if not self.recent.parts:
-            return key, value, new
-        numbers = self.recent.last(self._start(), key.device)
-        keys, values = self.recent.at(numbers)
+    def _leaving(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Tokens without codes, exact and in order, then the new ones: keys, values and numbers; and how many
+        of the first leave the window (in static layers, some may have a negative number).
+        """
+        start, count, coded = self._start(), new.shape[0], self._coded()
+        if coded is None:
+            before = torch.arange(-self.window, 0, device=key.device) + start
+            leaving = count
+        else:
+            before = torch.arange(coded, start, device=key.device)
+            leaving = max(0, start + count - self.window - coded)
+        if not before.shape[0]:
+            return key, value, new, leaving
+        keys, values = self.recent.at(before)
         return (
             torch.cat([keys.to(key.dtype), key], 2),
             torch.cat([values.to(value.dtype), value], 2),
-            torch.cat([numbers, new]),
+            torch.cat([before, new]),
+            leaving,
         )
 
     def _read_history(self, form: KeyForm) -> list[_Axis]:
@@ -250,33 +411,31 @@ class PackedLayer:
         return form.from_codes(coded, places), self.spec.value.decode(self.spec.value.encode(values))
 
     def _read_before(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """Several new tokens: history, then recent and new ones through the codes, and exact where there is a
+        """Several new tokens: history and what leaves the window through the codes; exact where there is a
         window.
         """
-        keys, values, numbers = self._recent_and(key, value, new)
-        coded = self._through_codes(keys, values, numbers, form)
         # fixed buffers of exact values are read themselves, and about to be written
         history = [_Axis(a.keys.clone(), a.values.clone(), a.numbers) for a in self._read_history(form)]
         if not self.spec.window:
-            return [*history, _Axis(*coded, numbers)]
+            return [*history, _Axis(*self._through_codes(key, value, new, form), new)]
+        keys, values, numbers, leaving = self._leaving(key, value, new)
+        coded = self._through_codes(keys[:, :, :leaving], values[:, :, :leaving], numbers[:leaving], form)
         return [
             *history,
-            _Axis(*coded, numbers, "codes"),
+            _Axis(*coded, numbers[:leaving], "codes"),
             _Axis(keys, values, numbers, "exact"),
         ]
 
     def _read_after(self, new: Tensor, form: KeyForm) -> list[_Axis]:
-        """One new token, or no window: history, then recent tokens, those outside the window through the
-        codes.
-        """
+        """One new token, or no window: history, then the window."""
         if not self.spec.window:
             return self._read_history(form)
-        numbers = self.recent.columns(self.device)
-        keys, values = (x.to(self.dtype) for x in self.recent.read())
-        if self.spec.slack:
-            outside = (numbers <= new[-1] - self.spec.window).view(1, 1, -1, 1)
-            coded = self._through_codes(keys, values, numbers, form)
-            keys, values = (torch.where(outside, c, x) for c, x in zip(coded, (keys, values), strict=True))
+        coded = self._coded()
+        if coded is None:
+            numbers = torch.arange(1 - self.window, 1, device=self.device) + new[-1]
+        else:
+            numbers = torch.arange(coded, self._start() + new.shape[0], device=self.device)
+        keys, values = (x.to(self.dtype) for x in self.recent.at(numbers))
         return [*self._read_history(form), _Axis(keys, values, numbers)]
 
     def _choose_sinks(
@@ -288,6 +447,18 @@ class PackedLayer:
             if self.sinks is None:
                 self.sinks = SinkStore(self.spec.sinks, key, value, self.spec.exact_dtype)
             self.sinks.choose(residual, valid, key, value, start)
+
+    def _hide_sinks(self) -> None:
+        """Mark the sinks' codes for `decode`, which reads sinks from their exact form: a negative scale."""
+        if self.sinks is None or self.spec.key.quantizer is None or not self.history.parts:
+            return
+        scale = self.history.parts[0][1]
+        tokens = self.sinks.tokens.long()
+        held = torch.arange(scale.shape[2], device=scale.device)
+        numbers = self.history.columns(self.device) if self.is_sliding else held
+        hidden = (tokens[:, :, None] == numbers[: scale.shape[2]]).any(1)[:, None]
+        kept = scale[:, :, : hidden.shape[2]]
+        kept.copy_(torch.where(hidden, -kept.abs(), kept.abs()))
 
     def _joined(self, axes: list[_Axis], mask: Tensor | None, new: Tensor, columns: int, offset: int) -> Step:
         """One token axis of several stretches, with sinks restored and the mask of its columns."""
@@ -301,7 +472,7 @@ class PackedLayer:
                 [torch.full_like(a.numbers, -2) if a.form == "exact" else a.numbers for a in axes]
             )
             keys, values = self.sinks.restore(keys, values, offset if in_order else coded)
-        # without a mask the attention takes every column for a token, and a fixed buffer has empty ones
+        # without a mask, columns after the newest token must still be hidden
         if not in_order or (mask is None and isinstance(self.history, RingStore)):
             mask = columns_of_mask(mask, new, numbers, offset)
             if two_forms:
@@ -398,6 +569,16 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
     def _start(self) -> int:
         return self.length
 
+    def _length_on_host(self) -> int:
+        return self.length
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        count = key.shape[2]
+        if self.history.parts:
+            self.history.reserve(count)
+        else:
+            self.history.start_with((key, value), max(0, count - self.window))
+
     def _advance(self, count: int) -> None:
         self.length += count
 
@@ -415,12 +596,14 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
             return
         self._check_croppable()
         history, recent, *positions = self._own_stores()
-        exact = min(remove, len(recent))
-        recent.drop_last(exact)
-        history.drop_last(remove - exact)
+        self.length -= remove
+        # tokens that come back into the window are read exactly as far as the ring still has them
+        coded = min(self.length, max(self.length - self.window, self.exact_from))
+        self.exact_from = min(self.exact_from, self.length)
+        history.drop_last(max(0, history.end - coded))
+        recent.counted(self.length)
         for store in positions:
             store.drop_last(remove)
-        self.length -= remove
         if self.sinks is not None:
             self.sinks.drop_from(self.length)
 
@@ -435,6 +618,10 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
 
 class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     """Keeps the last sliding_window tokens."""
+
+    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Not for now: its history moves in its buffers."""
+        return False
 
     def __init__(self, replaced: DynamicSlidingWindowLayer, spec: LayerSpec, owner: PackedLayer | None):
         DynamicSlidingWindowLayer.__init__(self, replaced.sliding_window)
@@ -462,9 +649,7 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     def _limit(self) -> None:
         """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
         limit = None if self.record_past else self.sliding_window
-        recent = self.spec.recent if limit is None else min(self.spec.recent, limit)
-        self.recent.limit = recent
-        self.history.limit = None if limit is None else limit - recent
+        self.history.limit = None if limit is None else limit - self.window
         if self.positions is not None:
             self.positions.store.limit = limit
 
@@ -484,8 +669,8 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
         super().crop(tokens_to_remove)
         self.cumulative_length = self.length
         if self.is_initialized:
-            held = len(self.history) + len(self.recent)
-            self.history.drop_first(held - self.sliding_window)
+            held = self.length - self.history.first
+            self.history.drop_first(min(len(self.history), held - self.sliding_window))
             if self.positions is not None:
                 self.positions.settle()
                 self.positions.store.drop_first(len(self.positions.store) - self.sliding_window)
@@ -510,13 +695,22 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
     def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
         assert tokens is not None
-        return RingStore(codecs, tokens, self.is_sliding or tokens == self.spec.recent)
+        return RingStore(codecs, tokens, wraps=self.is_sliding, fixed=True)
+
+    def _ring(self, codecs: tuple[Codec, ...], tokens: int) -> RingStore:
+        return RingStore(codecs, tokens, wraps=True, fixed=True)
 
     def _capacity(self) -> int:
         return self.max_cache_len
 
     def _start(self) -> Tensor | int:
         return self.cumulative_length.clone()
+
+    def _known_start(self) -> int | None:
+        if not self.is_initialized:
+            return 0
+        # one synchronisation a layer and prompt, outside of compiled code
+        return None if torch.compiler.is_compiling() else int(self.cumulative_length)
 
     def _advance(self, count: int) -> None:
         self.cumulative_length.add_(count)
@@ -549,6 +743,23 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
                 f"a static cache of batch size {self.batch_size} cannot change to {batch}; allocate another."
             )
         super()._change_batch(batch, function)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens, as many as the slack at most: others are codes only.
+
+        Raises:
+            StateError: a window is kept, and more are to be removed.
+        """
+        if self.spec.window and -tokens_to_remove > max(self.spec.slack, 1):
+            raise StateError(
+                f"a static cache with a recent window cannot remove {-tokens_to_remove} tokens; keep more "
+                f"exact tokens than slack={self.spec.slack}, or use a dynamic cache."
+            )
+        super().crop(tokens_to_remove)
+        self.prompt_open = False
+        if self.is_initialized:
+            self.recent.counted(self.cumulative_length)
+            self.history.counted(self.cumulative_length - self.window)
 
     def reset(self) -> None:
         """Forget all tokens, in place."""
@@ -599,6 +810,17 @@ def visible_to_itself(mask: Tensor | None, columns: Tensor) -> Tensor | None:
         return None
     itself = mask[:, 0].gather(-1, columns.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
     return itself if mask.dtype is torch.bool else itself > torch.finfo(mask.dtype).min / 2
+
+
+def _is_causal(mask: Tensor, start: int) -> bool:
+    """Whether a bool mask [B or 1, 1, S, K] shows query a the columns up to start + a, and no others; one
+    synchronisation.
+    """
+    if torch.compiler.is_compiling() or mask.shape[1] != 1:
+        return False
+    count = torch.arange(mask.shape[2], device=mask.device) + (start + 1)
+    whole = (mask.sum(-1) == count).all() & ~mask.triu(start + 1).any()
+    return bool(whole)
 
 
 def columns_of_mask(mask: Tensor | None, queries: Tensor, numbers: Tensor, offset: Tensor | int) -> Tensor:

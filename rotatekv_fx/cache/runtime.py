@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
+from rotatekv_fx.cache import keymap
 from rotatekv_fx.cache.codec import Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
@@ -47,6 +48,7 @@ class AttentionRuntime(nn.Module):
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
         self.centers, self.debug = "key_center" in buffers, debug
+        self.decodes = keymap.NAMES[0] in buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -78,14 +80,50 @@ class AttentionRuntime(nn.Module):
         Raises:
             StateError: in debug mode, a key or value is not finite.
         """
-        if residual is not None:  # a block's input may come from the last block's device
-            residual = residual.to(key.device)
-        if self.debug:
-            self._check_finite(key=key, value=value)
+        residual = self._received(key, value, residual)
         step = self.layer(cache).step(key, value, self.positions.encode(positions), residual, mask, self)
         if self.rope is not None:
             return step.mask, step.keys, step.values
         return (step.mask, step.keys, step.values, *self.positions.decode(step.positions))
+
+    def attend(
+        self,
+        cache: Cache | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        residual: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """Store new tokens and attend to what the cache then holds: `update` and the op `attend` in one.
+
+        One new token is attended to without unpacking anything, by the op `decode`.
+
+        Returns:
+            [B, S, Hq, Dv].
+
+        Raises:
+            StateError: in debug mode, a key or value is not finite.
+        """
+        residual = self._received(key, value, residual)
+        layer, stored = self.layer(cache), self.positions.encode(positions)
+        if self.key_map and layer.decodes(query, mask):
+            return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
+        plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
+        if self.key_map and plain and query.is_cuda and layer.prefills(query, mask):
+            return layer.prefill(query, key, value, stored, residual, self.key_map, scale)
+        step = layer.step(key, value, stored, residual, mask, self)
+        return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
+
+    @property
+    def key_map(self) -> list[Tensor]:
+        """The tensors that `decode` takes, or nothing where the layer is always read the general way."""
+        return [getattr(self, name) for name in keymap.NAMES] if self.decodes else []
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""
@@ -106,6 +144,12 @@ class AttentionRuntime(nn.Module):
         batch = positions[0].shape[0] if positions else 1
         mean = self.key_center.to(key.dtype)[None, :, None].expand(batch, -1, key.shape[2], -1)
         return self.rope(mean, *self.positions.decode(positions)).to(key.dtype)
+
+    def _received(self, key: Tensor, value: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The block's input, which may come from the last block's device; and the checks of debug mode."""
+        if self.debug:
+            self._check_finite(key=key, value=value)
+        return None if residual is None else residual.to(key.device)
 
     def _check_finite(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():

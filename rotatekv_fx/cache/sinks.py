@@ -22,7 +22,7 @@ class SinkStore:
 
     Attributes:
         scores: fp32 [B, count], the |value| that named the token, -1 for an unused slot.
-        tokens: int32 [B, count], the token's index in the sequence, -1 for an unused slot.
+        tokens: int32 [B, count], the token's index in the sequence, each once; -1 for an unused slot.
         keys, values: [B, Hkv, count, D] in 16 bit, in the form that the layer stores.
     """
 
@@ -54,7 +54,7 @@ class SinkStore:
         tokens = torch.cat([self.tokens, torch.where(scores[:, count:] < 0, -1, local + start).int()], 1)
         self.scores.copy_(scores.topk(count, 1).values)
         best = scores.topk(count, 1).indices
-        self.tokens.copy_(tokens.gather(1, best))
+        self.tokens.copy_(_once(tokens.gather(1, best)))
         for store, new in ((self.keys, key), (self.values, value)):
             rows = as_exact(ops.take_tokens(new, local), store.dtype)
             store.copy_(ops.take_tokens(torch.cat([store, rows], 2), best))
@@ -87,3 +87,9 @@ class SinkStore:
         """Forget all tokens, in place."""
         self.scores.fill_(-1.0)
         self.tokens.fill_(-1)
+
+
+def _once(tokens: Tensor) -> Tensor:
+    """[B, count] with -1 in place of a token that an earlier slot names too."""
+    same = tokens[:, :, None] == tokens[:, None]
+    return torch.where(same.tril(-1).any(-1), -1, tokens)

@@ -1,4 +1,4 @@
-"""Where tokens are kept: a store that grows, and a ring of fixed buffers.
+"""Where tokens are kept: a store that grows, and a ring.
 
 Both hold several fields (keys and values; or positions), each with its codec, and know the number in the
 sequence of the token in each of their columns.
@@ -13,21 +13,29 @@ from torch import Tensor
 
 from rotatekv_fx.cache.codec import Codec, Parts
 
+_LEAST_GROWTH = 64  # tokens
+_GROWTH_SHARE = 16  # of the tokens held
+
 
 class GrowingStore:
-    """Concatenates. Keeps at most the last `limit` tokens, where given.
+    """Buffers that grow ahead of the tokens, by a sixteenth. Keeps at most the last `limit` tokens, if given.
 
     Attributes:
-        parts: per field, the stored tensors.
+        parts: per field, the stored tensors, longer than the tokens held.
         first: number of the token in column 0.
     """
 
     def __init__(self, codecs: tuple[Codec, ...], limit: int | None = None):
-        self.codecs, self.limit, self.first = codecs, limit, 0
+        self.codecs, self.limit, self.first, self.length = codecs, limit, 0, 0
         self.parts: tuple[Parts, ...] = ()
 
     def __len__(self) -> int:
-        return self.parts[0][0].shape[2] if self.parts else 0
+        return self.length
+
+    @property
+    def end(self) -> int:
+        """Number of the token after the newest."""
+        return self.first + self.length
 
     def allocate(self, fields: tuple[Tensor, ...]) -> None:
         """Nothing to do: it grows."""
@@ -35,44 +43,68 @@ class GrowingStore:
     def push(self, fields: tuple[Tensor, ...], start: int) -> None:
         """Append tokens [B, H, S, D] a field, the first of which is number `start`."""
         new = tuple(c.encode(x) for c, x in zip(self.codecs, fields, strict=True))
-        if not len(self):
-            self.parts, self.first = new, start
+        count = new[0][0].shape[2]
+        if not self.length:
+            self.first = start
+        if not self.parts or (not self.length and count > self.parts[0][0].shape[2]):
+            self.parts, self.length = new, count
         else:
-            self.parts = tuple(_concatenate(a, b) for a, b in zip(self.parts, new, strict=True))
+            self.reserve(count)
+            self.parts = tuple(self._written(a, b) for a, b in zip(self.parts, new, strict=True))
+            self.length += count
         if self.limit is not None:
-            self.drop_first(len(self) - self.limit)
+            self.drop_first(self.length - self.limit)
+
+    def start_with(self, fields: tuple[Tensor, ...], tokens: int) -> None:
+        """Make buffers of `tokens` slots, or a few, for tensors like `fields` ([B, H, any, D] each)."""
+        sample = (c.encode(x[:, :, :1]) for c, x in zip(self.codecs, fields, strict=True))
+        self.parts = tuple(tuple(_longer(t, 0, tokens or _LEAST_GROWTH) for t in parts) for parts in sample)
+
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens."""
+        needed = self.length + count
+        if self.parts and needed > self.parts[0][0].shape[2]:
+            spare = max(_LEAST_GROWTH, needed // _GROWTH_SHARE)
+            if self.limit is not None:  # what is over the limit is dropped at once
+                spare = 0
+            self._map(lambda t: _longer(t, self.length, needed + spare))
+
+    def _written(self, old: Parts, new: Parts) -> Parts:
+        """New tokens copied behind the old; a tensor that came once for the batch is repeated if the other is
+        not.
+        """
+        joined = []
+        for a, b in zip(old, new, strict=True):
+            batch = max(a.shape[0], b.shape[0])
+            if a.shape[0] < batch:
+                a = a.expand(batch, *a.shape[1:]).clone()
+            a[:, :, self.length : self.length + b.shape[2]] = b
+            joined.append(a)
+        return tuple(joined)
 
     def drop_first(self, count: int) -> None:
         """Forget the oldest `count` tokens (none if negative)."""
         if count > 0:
-            self._map(lambda t: t[:, :, count:].clone())
+            self._map(lambda t: t[:, :, count : self.length].clone())
             self.first += count
+            self.length -= count
 
     def drop_last(self, count: int) -> None:
         """Forget the newest `count` tokens, or all."""
-        kept = max(0, len(self) - count)
-        if count > 0 and self.parts:
-            self._map(lambda t: t[:, :, :kept].clone())
-
-    def overflow(self, new: int) -> int:
-        """How many of the oldest tokens leave when `new` ones come."""
-        return 0 if self.limit is None else max(0, len(self) + new - self.limit)
-
-    def last(self, start: int, device: torch.device) -> Tensor:
-        """Numbers of the held tokens in order, all before token `start`."""
-        return self.columns(device)
+        self.length = max(0, self.length - max(count, 0))
 
     def read(self) -> tuple[Tensor, ...]:
         """Every token [B, H, N, D], a field each."""
-        return tuple(c.decode(p) for c, p in zip(self.codecs, self.parts, strict=True))
+        held = (tuple(t[:, :, : self.length] for t in parts) for parts in self.parts)
+        return tuple(c.decode(p) for c, p in zip(self.codecs, held, strict=True))
 
     def columns(self, device: torch.device) -> Tensor:
         """Number of the token in each column, int64 [N]."""
-        return torch.arange(self.first, self.first + len(self), device=device)
+        return torch.arange(self.first, self.end, device=device)
 
     def at(self, numbers: Tensor) -> tuple[Tensor, ...]:
         """Tokens by number, int64 [M]; a number that is not held gives some other token."""
-        index = (numbers - self.first).clamp(0, max(len(self) - 1, 0))
+        index = (numbers - self.first).clamp(0, max(self.length - 1, 0))
         return tuple(x.index_select(2, index) for x in self.read())
 
     def tensors(self) -> list[Tensor]:
@@ -85,24 +117,30 @@ class GrowingStore:
 
     def reset(self) -> None:
         """Forget everything."""
-        self.parts, self.first = (), 0
+        self.parts, self.first, self.length = (), 0, 0
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.parts = tuple(tuple(function(t) for t in parts) for parts in self.parts)
 
 
+def _longer(tensor: Tensor, held: int, size: int) -> Tensor:
+    longer = tensor.new_zeros((*tensor.shape[:2], size, *tensor.shape[3:]))
+    longer[:, :, :held] = tensor[:, :, :held]
+    return longer
+
+
 class RingStore:
-    """Fixed buffers of `size` tokens, written in place: token n is in column n % size.
+    """Buffers of `size` tokens, written in place: token n is in column n % size.
 
     A store that does not wrap takes tokens below `size` only; index_copy_ refuses others.
-    `count` [] is how many tokens the sequence has, those of negative number left out; it says which columns
-    are filled.
+    `count` is how many tokens the sequence has, those of negative number left out; it says which columns are
+    filled. A tensor [] where the buffers are `fixed` (a static cache), so that a compiled step can change it.
     """
 
-    def __init__(self, codecs: tuple[Codec, ...], size: int, wraps: bool):
-        self.codecs, self.size, self.wraps = codecs, size, wraps
+    def __init__(self, codecs: tuple[Codec, ...], size: int, wraps: bool, fixed: bool):
+        self.codecs, self.size, self.wraps, self.fixed = codecs, size, wraps, fixed
         self.parts: tuple[Parts, ...] = ()
-        self.count: Tensor | None = None
+        self.count: Tensor | int = 0
 
     def __len__(self) -> int:
         return self.size
@@ -113,10 +151,11 @@ class RingStore:
         self.parts = tuple(
             tuple(t.new_zeros((*t.shape[:2], self.size, *t.shape[3:])) for t in parts) for parts in sample
         )
-        self.count = torch.zeros((), dtype=torch.int64, device=fields[0].device)
-        if not torch.compiler.is_compiling():
-            for tensor in (*self.tensors(), self.count):
-                torch._dynamo.mark_static_address(tensor)
+        if self.fixed:
+            self.count = torch.zeros((), dtype=torch.int64, device=fields[0].device)
+            if not torch.compiler.is_compiling():
+                for tensor in (*self.tensors(), self.count):
+                    torch._dynamo.mark_static_address(tensor)
 
     def push(self, fields: tuple[Tensor, ...], start: Tensor | int) -> None:
         """Write tokens [B, H, S, D] a field, the first of which is number `start`.
@@ -127,20 +166,18 @@ class RingStore:
         written = min(length, self.size)
         if written:
             numbers = torch.arange(length - written, length, device=fields[0].device) + start
-            slots = (
-                numbers % self.size if self.wraps else torch.where(numbers < 0, numbers + self.size, numbers)
-            )
+            around = numbers % self.size
+            slots = around if self.wraps else torch.where(numbers < 0, around, numbers)
             for codec, parts, x in zip(self.codecs, self.parts, fields, strict=True):
                 codec.write(parts, x[:, :, length - written :], slots)
-        self.count.copy_(torch.as_tensor(start, device=self.count.device) + length)
+        self.counted(start + length)
 
-    def overflow(self, new: int) -> int:
-        """How many tokens leave when `new` ones come: as many, some of which may have a negative number."""
-        return new
-
-    def last(self, start: Tensor | int, device: torch.device) -> Tensor:
-        """Numbers of the `size` tokens before token `start`, negative where there are none."""
-        return torch.arange(-self.size, 0, device=device) + start
+    def counted(self, count: Tensor | int) -> None:
+        """Say how many tokens the sequence has now."""
+        if isinstance(self.count, Tensor):
+            self.count.copy_(torch.as_tensor(count, device=self.count.device))
+        else:
+            self.count = count
 
     def read(self) -> tuple[Tensor, ...]:
         """Every column [B, H, size, D], a field each."""
@@ -161,25 +198,18 @@ class RingStore:
         return [t for parts in self.parts for t in parts]
 
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a batch operation that keeps the batch size, in place."""
-        for tensor in self.tensors():
-            tensor.copy_(function(tensor))
+        """Apply a batch operation; in place where the buffers are fixed, and the batch size with them."""
+        if self.fixed:
+            for tensor in self.tensors():
+                tensor.copy_(function(tensor))
+        else:
+            self.parts = tuple(tuple(function(t) for t in parts) for parts in self.parts)
 
     def reset(self) -> None:
         """Forget everything, in place."""
         for tensor in self.tensors():
             tensor.zero_()
-        if self.count is not None:
-            self.count.zero_()
-
-
-def _concatenate(old: Parts, new: Parts) -> Parts:
-    """Concatenate tokens; a tensor that came once for the whole batch is repeated when the other is not."""
-    joined = []
-    for a, b in zip(old, new, strict=True):
-        batch = max(a.shape[0], b.shape[0])
-        joined.append(torch.cat([a.expand(batch, *a.shape[1:]), b.expand(batch, *b.shape[1:])], 2))
-    return tuple(joined)
+        self.counted(0)
 
 
 class PositionStore:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, fx
 
 from rotatekv_fx.recipes.base import LayerPlan
 from rotatekv_fx.sites import AttentionSite
+
+aten = torch.ops.aten
+
+
+def dtype_of(node: fx.Node) -> torch.dtype:
+    """The dtype of a captured tensor, or of the captured tensor that an inserted node was made of."""
+    while "val" not in node.meta:
+        node = node.args[0]
+    return node.meta["val"].dtype
 
 
 @dataclasses.dataclass
@@ -26,6 +36,8 @@ class Rewrite:
         key_attended, value_attended: what the attention reads.
         residual: placeholder of the enclosing block's input, once sinks are preserved.
         positions_read: the positional inputs of the stored keys, by the input's name.
+        exact_dtype: what exact tokens are rounded to by the graph itself; None where the cache that they go
+            to does it.
         buffers: tensors that the graph reads below `rotatekv.` on the module.
         folded: changed parameters by name, in float64; rounded once when they are bound.
     """
@@ -44,12 +56,23 @@ class Rewrite:
     value_attended: fx.Node | None = None
     residual: fx.Node | None = None
     positions_read: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    exact_dtype: torch.dtype | None = None
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     folded: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
         return self.site.graph
+
+    def as_exact(self, node: fx.Node) -> fx.Node:
+        """`node`, rounded to `exact_dtype` (and stopping at its largest value) and back to its own dtype."""
+        own, exact = dtype_of(node), self.exact_dtype
+        if exact is None or exact is own:
+            return node
+        limit = torch.finfo(exact).max
+        clamped = self.graph.call_function(aten.clamp.default, (node, -limit, limit))
+        rounded = self.graph.call_function(aten.to.dtype, (clamped, exact))
+        return self.graph.call_function(aten.to.dtype, (rounded, own))
 
     @property
     def mask(self) -> fx.Node | None:

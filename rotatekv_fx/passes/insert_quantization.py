@@ -11,7 +11,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from rotatekv_fx.passes.base import Rewrite
+from rotatekv_fx.passes.base import Rewrite, dtype_of
 from rotatekv_fx.recipes.base import Quantizer
 
 ops = torch.ops.rotatekv
@@ -41,12 +41,6 @@ def _quantize(graph: fx.Graph, stored: fx.Node, coded: fx.Node, quantizer: Quant
     with graph.inserting_before(coded):
         packed = graph.call_function(ops.quantize.default, (stored, q.bits, q.group, q.clip, q.scheme))
         parts = [graph.call_function(getitem, (packed, i)) for i in range(3)]
-        exact = graph.call_function(ops.dequantize.default, (*parts, q.bits, q.group, heads, _dtype(stored)))
+        arguments = (*parts, q.bits, q.group, heads, dtype_of(stored))
+        exact = graph.call_function(ops.dequantize.default, arguments)
     coded.replace_input_with(stored, exact)
-
-
-def _dtype(node: fx.Node) -> torch.dtype:
-    """The dtype of a captured tensor, or of the captured tensor that an inserted node was made of."""
-    while "val" not in node.meta:
-        node = node.args[0]
-    return node.meta["val"].dtype

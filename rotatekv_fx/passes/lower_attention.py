@@ -61,11 +61,28 @@ def lower_attention(rewrite: Rewrite) -> dict[str, int]:
     if site.attention is None:
         _read_mask_inline(rewrite, update, mask_read)
         return {"attend": 0, "inline": 1}
-    with graph.inserting_before(site.attention):
-        attend = graph.call_function(ops.attend.default, _attend_arguments(rewrite, mask_read))
-    site.attention.replace_all_uses_with(attend)
-    graph.erase_node(site.attention)
+    _attend(rewrite, mask_read)
     return {"attend": 1, "inline": 0}
+
+
+def lower_without_cache(rewrite: Rewrite) -> dict[str, int]:
+    """Replace the attention marker alone: a forward without a cache attends to what the graph itself reads.
+
+    Returns:
+        Count of attentions lowered to `attend`, and of those left inline.
+    """
+    if rewrite.site.attention is None:
+        return {"attend": 0, "inline": 1}
+    _attend(rewrite, rewrite.site.attention.args[3])
+    return {"attend": 1, "inline": 0}
+
+
+def _attend(rewrite: Rewrite, mask: fx.Node | None) -> None:
+    graph, marker = rewrite.graph, rewrite.site.attention
+    with graph.inserting_before(marker):
+        attend = graph.call_function(ops.attend.default, _attend_arguments(rewrite, mask))
+    marker.replace_all_uses_with(attend)
+    graph.erase_node(marker)
 
 
 def _read_mask_inline(rewrite: Rewrite, update: fx.Node, mask_read: fx.Node) -> None:
@@ -77,7 +94,7 @@ def _read_mask_inline(rewrite: Rewrite, update: fx.Node, mask_read: fx.Node) -> 
             node.replace_input_with(rewrite.mask, mask_read)
 
 
-def _attend_arguments(rewrite: Rewrite, mask: fx.Node) -> tuple[object, ...]:
+def _attend_arguments(rewrite: Rewrite, mask: fx.Node | None) -> tuple[object, ...]:
     site = rewrite.site
     query, key, value, _, extra = site.attention.args
     arguments = site.capture.arguments

@@ -10,9 +10,11 @@ from torch import fx
 from rotatekv_fx.errors import PassOrderError
 from rotatekv_fx.passes.base import Pass, Rewrite
 from rotatekv_fx.passes.cleanup import cleanup
+from rotatekv_fx.passes.fuse_attention import fuse_attention
 from rotatekv_fx.passes.insert_quantization import insert_quantization
 from rotatekv_fx.passes.insert_rotation import insert_rotation
-from rotatekv_fx.passes.lower_attention import lower_attention
+from rotatekv_fx.passes.keep_window import keep_window
+from rotatekv_fx.passes.lower_attention import lower_attention, lower_without_cache
 from rotatekv_fx.passes.preserve_sinks import preserve_sinks
 
 # `normalize` runs first, on every capture, before sites are looked for.
@@ -23,7 +25,14 @@ INSERT = (
 )
 LOWER = (
     Pass("lower_attention", ("insert_rotation", "insert_quantization", "preserve_sinks"), lower_attention),
-    Pass("cleanup", ("lower_attention",), cleanup),
+    Pass("fuse_attention", ("lower_attention",), fuse_attention),
+    Pass("cleanup", ("lower_attention", "fuse_attention"), cleanup),
+)
+# Instead of LOWER, for a graph that is run as it stands: a forward without a cache.
+WITHOUT_CACHE = (
+    Pass("keep_window", ("insert_rotation", "insert_quantization", "preserve_sinks"), keep_window),
+    Pass("lower_without_cache", ("keep_window",), lower_without_cache),
+    Pass("cleanup", ("lower_without_cache",), cleanup),
 )
 
 

@@ -42,7 +42,7 @@ def preserve_sinks(rewrite: Rewrite) -> dict[str, int]:
     for stored, read in ((rewrite.exact_key, rewrite.key_read), (rewrite.value, rewrite.value_read)):
         with graph.inserting_before(read):
             coded = read.args[0]
-            exact = graph.call_function(ops.take_tokens.default, (stored, tokens))
+            exact = rewrite.as_exact(graph.call_function(ops.take_tokens.default, (stored, tokens)))
             restored = graph.call_function(ops.restore_sinks.default, (coded, exact, tokens))
         read.replace_input_with(coded, restored)
     return {"restored": 2}

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotatekv_fx.kernels.quantize.reference import dequantize, quantize
+
 
 def attend(
     query: Tensor,
@@ -90,3 +92,163 @@ def restore_sinks(x: Tensor, exact: Tensor, slots: Tensor) -> Tensor:
 def take_tokens(x: Tensor, slots: Tensor) -> Tensor:
     """Reference of the op `rotatekv::take_tokens` (`rotatekv_fx.ops` describes it)."""
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    mask: Tensor | None,
+    count: Tensor | None,
+    number: int,
+    mask_offset: int,
+    key_bits: int,
+    value_bits: int,
+    key_group: int,
+    value_group: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    sliding: int,
+    wraps: bool,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Reference of the op `rotatekv::decode` (`rotatekv_fx.ops` describes it)."""
+    extend(
+        key, value, history, recent, sinks, key_map, position, count, number,
+        key_bits, value_bits, key_group, value_group, key_clip, value_clip, scheme, window, wraps,
+    )  # fmt: skip
+    newest = number if count is None else count
+    heads, dim = key.shape[1], key.shape[3]
+    matrix, _, rotation, angles = key_map[:4]
+    units, channels = matrix.shape[:2]
+    pairs = len(angles)
+    batch, repeats = query.shape[0], query.shape[1] // heads
+    rows = query.float().reshape(batch, heads, repeats, dim)
+
+    # History: scores from the codes in their own basis, and the mean's share from the position.
+    numbers = _history_numbers(history[0].shape[2], newest - window, wraps, query.device)
+    coded = dequantize(*history[:3], key_bits, key_group, units, torch.float32)
+    rotated = torch.einsum("bhrd,hdc->bhrc", rows, rotation)
+    coded = coded.repeat_interleave(heads // units, 1)
+    scores = rotated[..., :channels] @ coded.transpose(-1, -2)
+    places = position.reshape(-1, 1) - newest + numbers
+    turned = places.double()[..., None] * angles  # [B or 1, N, pairs]
+    waves = torch.cat([turned.cos(), turned.sin()], -1).float()[:, None]
+    scores = scores + rotated[..., channels : channels + 2 * pairs] @ waves.transpose(-1, -2)
+    values = dequantize(*history[3:], value_bits, value_group, heads, torch.float32)
+    last_coded = newest - window
+    visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
+    columns = [(scores, values, numbers.expand(batch, -1), visible)]
+    if recent:
+        size = recent[0].shape[2]
+        numbers = newest - (newest - torch.arange(size, device=query.device)) % size
+        near = (numbers >= 0) & (numbers > last_coded)
+        exact = rows @ recent[0].float().transpose(-1, -2)
+        columns.append((exact, recent[1].float(), numbers.expand(batch, -1), near.expand(batch, -1)))
+    if sinks:
+        numbers = sinks[2].long()
+        exact = rows @ sinks[0].float().transpose(-1, -2)
+        columns.append((exact, sinks[1].float(), numbers, (numbers >= 0) & (numbers <= last_coded)))
+    scores = torch.cat([c[0] for c in columns], -1) * scale
+    values = torch.cat([c[1] for c in columns], 2)
+    numbers = torch.cat([c[2] for c in columns], -1)
+    visible = torch.cat([c[3] for c in columns], -1)
+    if sliding:
+        visible = visible & (numbers > newest - sliding)
+    if mask is not None:
+        at = numbers - mask_offset
+        known = (at >= 0) & (at < mask.shape[-1])
+        shown = mask.expand(batch, -1).gather(1, at.clamp(0, mask.shape[-1] - 1))
+        visible = visible & known & shown
+    if softcap != 0.0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
+    if sink_logits is not None:
+        extra = sink_logits.float().reshape(1, heads, repeats, 1).expand(batch, -1, -1, -1)
+        scores = torch.cat([scores, extra], -1)
+    weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : values.shape[2]]
+    values = values.masked_fill(~visible[:, None, :, None], 0.0)  # what is there may be NaN
+    return (weights @ values).reshape(batch, 1, heads * repeats, -1).to(query.dtype)
+
+
+def _history_numbers(size: int, newest: Tensor | int, wraps: bool, device: torch.device) -> Tensor:
+    """Number of the token in each slot [size], where the newest is `newest`; negative where it is empty."""
+    slots = torch.arange(size, device=device)
+    return newest - (newest - slots) % size if wraps else slots
+
+
+def extend(
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    count: Tensor | None,
+    number: int,
+    key_bits: int,
+    value_bits: int,
+    key_group: int,
+    value_group: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    wraps: bool,
+) -> None:
+    """Reference of the op `rotatekv::extend` (`rotatekv_fx.ops` describes it)."""
+    start = number if count is None else count
+    new, heads, dim = key.shape[2], key.shape[1], key.shape[3]
+    device, capacity = key.device, history[0].shape[2]
+    leaving = min(new, capacity)
+    numbers = torch.arange(leaving, device=device) + (start + new - window - leaving)
+    if recent:
+        size = recent[0].shape[2]
+        from_new = (numbers - start).clamp(0, new - 1)
+        is_new = (numbers >= start)[:, None]
+        key_out, value_out = (
+            torch.where(is_new, x[:, :, from_new].float(), ring[:, :, numbers % size].float())
+            for x, ring in ((key, recent[0]), (value, recent[1]))
+        )
+    else:
+        key_out, value_out = (x[:, :, new - leaving :].float() for x in (key, value))
+    matrix, mean, _, angles = key_map[:4]
+    units, channels = matrix.shape[:2]
+    flat = key_out.transpose(1, 2).reshape(key.shape[0], leaving, units, channels)
+    newest = start + new - 1
+    turned = (position.reshape(-1, 1) - newest + numbers).double()[..., None] * angles
+    waves = torch.cat([turned.cos(), turned.sin()], -1).float()
+    coded = torch.einsum("bsuc,ucd->bsud", flat, matrix) - torch.einsum("bsp,upd->bsud", waves, mean)
+    coded = coded.reshape(key.shape[0], leaving, heads, dim).transpose(1, 2)
+    # Tokens before the first have no slot: they are written where a real one is written after them.
+    held = numbers >= 0
+    slots = torch.where(held, numbers % capacity if wraps else numbers, 0)
+    order = torch.argsort(held.to(torch.uint8), stable=True)
+    kept = order if isinstance(start, Tensor) else order[int((~held).sum()) :]
+    parts = (
+        *quantize(coded, key_bits, key_group, key_clip, scheme),
+        *quantize(value_out, value_bits, value_group, value_clip, scheme),
+    )
+    if sinks:
+        hidden = (sinks[2][:, :, None] == numbers).any(1)[:, None]
+        parts = (parts[0], torch.where(hidden, -parts[1], parts[1]), *parts[2:])
+    for buffer, part in zip(history, parts, strict=True):
+        before = buffer.index_select(2, slots)
+        keep = held.view(1, 1, -1, *[1] * (part.dim() - 3))
+        buffer.index_copy_(2, slots[kept], torch.where(keep, part, before)[:, :, kept])
+    if recent:
+        last = min(new, recent[0].shape[2])
+        places = (torch.arange(new - last, new, device=device) + start) % recent[0].shape[2]
+        for ring, x in zip(recent, (key, value), strict=True):
+            limit = torch.finfo(ring.dtype).max
+            ring.index_copy_(2, places, x[:, :, new - last :].clamp(-limit, limit).to(ring.dtype))

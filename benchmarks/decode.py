@@ -1,0 +1,231 @@
+"""Decode attention on a GPU: the packed cache against 16-bit SDPA, in one run, by CUDA graph.
+
+    python -m benchmarks.decode --out benchmarks/results
+
+The timed region of ours is query transform, append, attention and combine; of SDPA, attention alone. Each
+sequence has a cache of its own, and short contexts rotate through copies until they are past the L2 cache.
+Every row's output is first compared with the fp32 reference on the same codes; a row that is off has no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from rotatekv_fx.kernels import tuning
+from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.attention.triton import decode
+
+WINDOW, SLACK, SINKS, PAIRS = 64, 32, 20, 32
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+ERROR_LIMIT = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sequences, query and KV heads, tokens, channels of a head."""
+
+    batch: int
+    query_heads: int
+    heads: int
+    context: int
+    dim: int = 128
+
+    @property
+    def bytes16(self) -> int:
+        return 4 * self.batch * self.heads * self.context * self.dim
+
+
+def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
+    """Arguments of `decode` for a filled cache of random codes: recipe `centered`, head_group 1."""
+    b, h, d, held = shape.batch, shape.heads, shape.dim, shape.context - WINDOW
+    device = torch.device("cuda")
+    group = 128
+    unit = max(1, group // d)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device)
+
+    history = []
+    for low, high in ((0.4, 0.8), (0.3, 0.6)):
+        groups = h * d // group
+        scale = (torch.rand(b, groups, held, device=device) * (high - low) + low).half()
+        history += [
+            torch.randint(0, 256, (b, groups, held, group * bits // 8), dtype=torch.uint8, device=device),
+            scale,
+            (-1.5 * scale + 0.05 * randn(b, groups, held)).half(),
+        ]
+    recent = [randn(b, h, WINDOW + SLACK, d).bfloat16() for _ in range(2)]
+    tokens = torch.arange(SINKS, device=device, dtype=torch.int32).expand(b, -1).contiguous()
+    sinks = [randn(b, h, SINKS, d).bfloat16(), randn(b, h, SINKS, d).bfloat16(), tokens]
+    history[1][:, :, :SINKS] *= -1
+    matrix = torch.stack([torch.linalg.qr(randn(unit * d, unit * d))[0] for _ in range(h // unit)])
+    mean, angles = randn(h // unit, 2 * PAIRS, unit * d), 10000.0 ** -(torch.arange(PAIRS).double() / PAIRS)
+    rotation = torch.cat([randn(h, d, unit * d) / math.sqrt(d), randn(h, d, 2 * PAIRS) / d], -1)
+    steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles
+    key_map = [
+        matrix, mean, rotation, angles.to(device),
+        torch.cat([steps.cos(), steps.sin()], -1).half().to(device),
+    ]  # fmt: skip
+    query = randn(b, shape.query_heads, 1, d).bfloat16()
+    key, value = randn(b, h, 1, d).bfloat16(), randn(b, h, 1, d).bfloat16()
+    count = torch.tensor(shape.context - 1, device=device)
+    return [
+        query, key, value, history, recent, sinks, key_map, count.view(1, 1).clone(), None, count, 0, 0,
+        bits, bits, group, group, 0.7, 0.7, "midpoint", WINDOW, 0, False, d**-0.5, 0.0, None,
+    ]  # fmt: skip
+
+
+def error_of(arguments: list) -> float:
+    """Relative RMS error of the kernel on its first sequence, against the fp32 reference on the same codes."""
+    query, key, value, history, recent, sinks, *rest = arguments
+    copies = [[t[:1].clone() for t in group] for group in (history, recent, sinks)]
+    expected = reference.decode(query[:1].float(), key[:1], value[:1], *copies, *rest)
+    actual = decode(*arguments)[:1].float()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def seconds(functions: list[Callable[[], object]], repeats: int = 7) -> float:
+    """Median time of one function, the list replayed as one CUDA graph."""
+    for function in functions:
+        function()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        functions[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function()
+    graph.replay()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1000 / len(functions))
+    return statistics.median(times)
+
+
+def sdpa_seconds(shape: Shape, copies: int) -> dict[str, float]:
+    """Time of each SDPA backend, queries as they are and with those of a KV head as rows."""
+    b, h, d, repeats = shape.batch, shape.heads, shape.dim, shape.query_heads // shape.heads
+    caches = [
+        [torch.randn(b, h, shape.context, d, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        for _ in range(copies)
+    ]
+    query = torch.randn(b, shape.query_heads, 1, d, device="cuda", dtype=torch.bfloat16)
+    times = {}
+    for name, backend in BACKENDS.items():
+        forms = {"": (query, repeats > 1)}
+        if repeats > 1:
+            forms[" rows"] = (query.view(b, h, repeats, d), False)
+        for suffix, (q, gqa) in forms.items():
+            try:
+                with sdpa_kernel(backend):
+                    times[name + suffix] = seconds(
+                        [
+                            lambda q=q, k=k, v=v, gqa=gqa: F.scaled_dot_product_attention(
+                                q, k, v, enable_gqa=gqa
+                            )
+                            for k, v in caches
+                        ]
+                    )
+            except RuntimeError:  # the backend does not take this shape
+                continue
+    return times
+
+
+def copies_for(nbytes: int) -> int:
+    """Caches to rotate through, so that their bytes pass three times the L2 cache."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(64, -(-3 * cache // nbytes)))
+
+
+def measure(shape: Shape) -> dict[str, object]:
+    """One row: times, error, and bytes a second."""
+    torch.manual_seed(0)
+    packed_bytes = shape.bytes16 * 2.25 / 16
+    row: dict[str, object] = dataclasses.asdict(shape)
+    arguments = packed_arguments(shape)
+    row["error"] = error_of(arguments)
+    if row["error"] < ERROR_LIMIT:
+        runs = [arguments] + [packed_arguments(shape) for _ in range(copies_for(int(packed_bytes)) - 1)]
+        ours = seconds([lambda a=a: decode(*a) for a in runs])
+        row |= {"microseconds": ours * 1e6, "packed_terabytes_per_second": packed_bytes / ours / 1e12}
+        del runs
+    del arguments
+    torch.cuda.empty_cache()
+    times = sdpa_seconds(shape, copies_for(shape.bytes16))
+    row["sdpa_microseconds"] = {k: v * 1e6 for k, v in times.items()}
+    best = min(times, key=times.__getitem__)
+    row["best_sdpa"] = best
+    row["sdpa_terabytes_per_second"] = shape.bytes16 / times[best] / 1e12
+    if "microseconds" in row:
+        row["speedup"] = times[best] * 1e6 / row["microseconds"]
+    torch.cuda.empty_cache()
+    return row
+
+
+SWEEPS = {
+    "main": [
+        Shape(1, 32, 8, 131072),
+        Shape(16, 32, 8, 32768),
+        Shape(64, 32, 8, 8192),
+        Shape(8, 32, 32, 8192),
+    ],
+    "context": [Shape(1, 32, 8, 1024 << i) for i in range(9)],
+    "batch 8k": [Shape(b, 32, 8, 8192) for b in (1, 2, 4, 8, 16, 32, 64, 128)],
+    "batch 32k": [Shape(b, 32, 8, 32768) for b in (1, 2, 4, 8, 16, 32)],
+    "heads": [Shape(16, 32, h, 8192) for h in (32, 8, 4)],
+}
+
+
+def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option(list(SWEEPS))) -> None:
+    """Measure and write decode.json."""
+    properties = torch.cuda.get_device_properties(0)
+    rows = []
+    for name in sweep:
+        for shape in SWEEPS[name]:
+            row = {"sweep": name, **measure(shape)}
+            rows.append(row)
+            print(
+                f"{name:10} B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context}: "
+                f"{row.get('microseconds', math.nan):.1f} us, error {row['error']:.2e}, {row['best_sdpa']} "
+                f"{min(row['sdpa_microseconds'].values()):.1f} us, x{row.get('speedup', math.nan):.2f}",
+                flush=True,
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "gpu": properties.name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "recipe": {
+            "window": WINDOW,
+            "slack": SLACK,
+            "sinks": SINKS,
+            "position_pairs": PAIRS,
+            "head_group": 1,
+        },
+        "rows": rows,
+    }
+    (out / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

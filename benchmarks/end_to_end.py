@@ -1,0 +1,224 @@
+"""A whole decoder with random weights on one GPU: 16 bit as transformers ships it, and the packed cache.
+
+    python -m benchmarks.end_to_end --out benchmarks/results
+
+Both run with a static cache, compiled, on CUDA graphs; the 16-bit model also with cuDNN attention. Caches are
+filled directly, then decode steps are timed; prefill is timed apart, on one prompt. Weights and texts are
+random, so nothing is said about accuracy here: `benchmarks.decode` compares outputs, and
+`benchmarks.run_accuracy` models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import typer
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config, StaticCache
+
+import rotatekv_fx
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_COMMON = {
+    "num_hidden_layers": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "use_cache": True,
+}
+SHAPES = {
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, **_COMMON,
+    ),
+    "llama-2-7b": LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=128, **_COMMON,
+    ),
+    "qwen3-8b": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, **{**_COMMON, "num_hidden_layers": 36},
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, **{**_COMMON, "num_hidden_layers": 2},
+    ),
+}  # fmt: skip
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    """Mean time of a call, after the device has finished all."""
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    synchronize()
+    return (time.perf_counter() - begin) / repeats
+
+
+def build(config: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        ).eval()
+
+
+@torch.no_grad()
+def filled(model: torch.nn.Module, batch: int, context: int, room: int) -> StaticCache:
+    """A static cache that says it holds `context` tokens, filled with random ones."""
+    cache = StaticCache(config=model.config, max_cache_len=context + room)
+    model(torch.ones(batch, 2, dtype=torch.long, device=DEVICE), past_key_values=cache)
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys.normal_()
+            layer.values.normal_()
+        else:
+            for codes, scale, offset in layer.history.parts:
+                codes.random_(0, 256)
+                scale.fill_(0.5)
+                offset.fill_(-0.75)
+            for (exact,) in layer.recent.parts:
+                exact.normal_()
+            layer.recent.counted(context)
+            layer.history.counted(context - layer.window)
+        layer.cumulative_length.fill_(context)
+    return cache
+
+
+@torch.no_grad()
+def decode(
+    model: torch.nn.Module, cache: StaticCache, batch: int, context: int, steps: int
+) -> dict[str, float]:
+    """Compile one step, warm it up, and time others."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, mode="reduce-overhead" if DEVICE == "cuda" else "default", fullgraph=True)
+    token = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+    place = torch.full((1, 1), context, dtype=torch.long, device=DEVICE)
+
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = compiled(token, past_key_values=cache, position_ids=place, logits_to_keep=1).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        place.add_(1)
+
+    begin = time.perf_counter()
+    for _ in range(4):
+        step()
+    synchronize()
+    compiling = time.perf_counter() - begin
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    spent = seconds(step, steps)
+    after = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    return {
+        "tokens_per_second": batch / spent,
+        "milliseconds_a_step": spent * 1e3,
+        "compile_seconds": compiling,
+        "cache_gigabytes": rotatekv_fx.cache_nbytes(cache) / 1e9,
+        "memory_grown_while_decoding": after - before,
+    }
+
+
+@torch.no_grad()
+def prefill_seconds(model: torch.nn.Module, context: int) -> float:
+    """Time of one prompt on an empty static cache, the second of two."""
+    prompt = torch.randint(3, model.config.vocab_size, (1, context), device=DEVICE)
+
+    def once() -> None:
+        model(
+            prompt,
+            past_key_values=StaticCache(config=model.config, max_cache_len=context + 64),
+            logits_to_keep=1,
+        )
+
+    once()
+    return min(seconds(once, 1) for _ in range(2))
+
+
+@contextlib.contextmanager
+def freed() -> Iterator[None]:
+    yield
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def largest_batch(bytes_a_sequence: float, weights: int) -> int:
+    """Sequences that fit beside the weights, 5% of the memory left for everything else."""
+    if DEVICE != "cuda":
+        return 0
+    return int((torch.cuda.get_device_properties(0).total_memory * 0.95 - weights) // bytes_a_sequence)
+
+
+def measure(
+    model: torch.nn.Module, name: str, batch: int, context: int, steps: int, prompt: int, weights: int
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"cache": name, "batch": batch, "context": context, "prompt": prompt}
+    with freed():
+        row["prefill_seconds"] = prefill_seconds(model, prompt)
+    with freed():
+        cache = filled(model, batch, context, steps + 16)
+        row |= decode(model, cache, batch, context, steps)
+        row["largest_batch"] = largest_batch(row["cache_gigabytes"] * 1e9 / batch, weights)
+        del cache
+    torch._dynamo.reset()
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def main(
+    out: Path = Path("benchmarks/results"),
+    shape: str = "llama-3-8b",
+    layers: int = 0,
+    batch: int = 16,
+    context: int = 32768,
+    prompt: int = 32768,
+    steps: int = 32,
+) -> None:
+    """Measure one shape and write end_to_end_SHAPE.json; `layers` other than 0 cuts the model short."""
+    logging.basicConfig(level=logging.ERROR)
+    config = SHAPES[shape]
+    if layers:
+        config.num_hidden_layers = layers
+    model = build(config)
+    weights = sum(p.nbytes for p in model.parameters())
+    rows = [measure(model, "16 bit", batch, context, steps, prompt, weights)]
+    if DEVICE == "cuda":
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            rows.append(measure(model, "16 bit, cuDNN", batch, context, steps, prompt, weights))
+    begin = time.perf_counter()
+    text = torch.randint(3, config.vocab_size, (1, 512), device=DEVICE)
+    calibration = rotatekv_fx.calibrate(model, [text])
+    rotatekv_fx.transform(model, rotatekv_fx.RotateKVConfig(keep_originals=False), calibration)
+    transforming = time.perf_counter() - begin
+    rows.append(measure(model, "centered, 2 bits, window 64", batch, context, steps, prompt, weights))
+    report = {
+        "shape": shape,
+        "layers": config.num_hidden_layers,
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "transform_seconds": transforming,
+        "lowered": dict(rotatekv_fx.report(model).sites[0].lowered),
+        "rows": rows,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"end_to_end_{shape}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

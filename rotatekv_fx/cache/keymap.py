@@ -1,0 +1,130 @@
+"""How keys after RoPE become codes, in the form that the ops `decode` and `extend` take it.
+
+The mean that a recipe removes before RoPE is, after it, a sum over pairs of channels of cos(p t) and
+sin(p t), p the position and t the pair's angle. The angles are read off the model's RoPE by asking it for
+powers of two, and checked at other positions: where they do not describe it, keys are read the general way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rotatekv_fx.cache.positions import PositionPlan
+from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape
+from rotatekv_fx.rope import Rope
+
+NAMES = ("key_map_matrix", "key_map_mean", "key_map_rotation", "key_map_angles", "key_map_table")
+TABLE_TOKENS = 64  # the longest tile of the kernels
+_LEAST_PAIRS = 16  # a tensor-core step
+_LIMITS = (1 << 17, 1 << 12, 1 << 9)  # positions asked for; a table may hold fewer
+_TOLERANCE = 0.02  # of a cosine: bfloat16 rounds it to 0.004, fp32 angles of distant tokens to 0.008
+
+
+def key_map(
+    plan: LayerPlan,
+    shape: LayerShape,
+    rope: Rope,
+    positions: PositionPlan,
+    partner: Tensor | None,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The tensors of `rotatekv_fx.ops.packed`'s key_map by name.
+
+    Args:
+        plan: what the recipe decided; keys are stored after RoPE, and keys and values quantized.
+        shape: the layer's heads and channels.
+        rope: the layer's RoPE.
+        positions: how stored positions become its inputs.
+        partner: the channel that RoPE turns each channel with, int64 [D]; needed where a mean is removed.
+        device: of the model.
+
+    Returns:
+        Nothing where the positions are no ids, or RoPE does not turn pairs by fixed angles.
+    """
+    dim, heads = shape.head_dim, shape.kv_heads
+    if plan.key_quantizer is None or plan.value_quantizer is None:
+        return {}
+    own = torch.arange(dim)
+    turned = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
+    if plan.center is not None and rope.turned:
+        turned = _turned(rope, positions, partner, device)
+    if turned is None:
+        return {}
+    angles, size = turned
+    partner = own if partner is None else partner.cpu()
+    transform = plan.key or ChannelTransform(*[torch.eye(dim, dtype=torch.float64)[None]] * 2)
+    block = transform.matrix.shape[-1]
+    unit = math.lcm(
+        block // dim,
+        plan.key_quantizer.group // math.gcd(plan.key_quantizer.group, dim),
+        plan.value_quantizer.group // math.gcd(plan.value_quantizer.group, shape.value_dim),
+    )
+    if heads % unit:
+        return {}
+    matrix, inverse = (_of_units(m, heads * dim // block, unit * dim // block) for m in
+                       (transform.matrix, transform.inverse))  # fmt: skip
+    mean = torch.zeros(heads, dim, dtype=torch.float64) if plan.center is None else plan.center.cpu()
+    kept = [c for c in range(dim) if c <= int(partner[c]) and bool(mean[:, [c, int(partner[c])]].abs().any())]
+    pairs = max(_LEAST_PAIRS, 1 << max(0, len(kept) - 1).bit_length()) if kept else 0
+    by_cos, by_sin = (torch.zeros(heads, pairs, dim, dtype=torch.float64) for _ in range(2))
+    pair_angles = torch.zeros(pairs, dtype=torch.float64)
+    for i, c in enumerate(kept):
+        other = int(partner[c])
+        pair_angles[i] = angles[c]
+        by_cos[:, i, c], by_cos[:, i, other] = size[c] * mean[:, c], size[c] * mean[:, other]
+        if other != c:
+            by_sin[:, i, c], by_sin[:, i, other] = size[c] * mean[:, other], -size[c] * mean[:, c]
+    channels = unit * dim
+    spread = torch.zeros(heads // unit, 2 * pairs, channels, dtype=torch.float64)
+    rotation = torch.zeros(heads, dim, channels + 2 * pairs, dtype=torch.float64)
+    for head in range(heads):
+        place = slice(head % unit * dim, (head % unit + 1) * dim)
+        waves = torch.cat([by_cos[head], by_sin[head]])
+        spread[head // unit, :, place] = waves
+        rotation[head] = torch.cat([inverse[head // unit][:, place].T, waves.T], 1)
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * pair_angles
+    tensors = (
+        matrix.float(),
+        (spread @ matrix).float(),
+        rotation.float(),
+        pair_angles,
+        torch.cat([steps.cos(), steps.sin()], 1).half(),
+    )
+    return dict(zip(NAMES, tensors, strict=True))
+
+
+def _of_units(blocks: Tensor, count: int, per_unit: int) -> Tensor:
+    """[n or 1, m, m] blocks on the diagonals of [units, C, C]."""
+    blocks = blocks.cpu().expand(count, -1, -1)
+    return torch.stack([torch.block_diag(*group) for group in blocks.split(per_unit)])
+
+
+def _turned(
+    rope: Rope, positions: PositionPlan, partner: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Each channel's angle t and factor f, float64 [D]: at position p, a = f cos(p t) and b = f sin(p t) of
+    `Rope.coefficients`.
+    """
+    if partner is None or positions.description != "ids" or len(positions.inputs) != 1:
+        return None
+    for limit in _LIMITS:
+        powers = torch.tensor([0, *(1 << i for i in range(limit.bit_length() - 1))])
+        others = torch.randint(limit, (64,), generator=torch.Generator().manual_seed(0))
+        ids = torch.cat([powers, others])
+        try:
+            rows = positions.decode((ids.int().view(1, 1, -1, 1).to(device),))
+            a, b = (t[0].cpu() for t in rope.coefficients(partner, rows, len(ids)))
+        except (IndexError, RuntimeError):  # positions that a table does not hold
+            continue
+        size, angles = a[0].abs().clamp(min=1e-30), torch.atan2(b[1], a[1])
+        for row, position in enumerate(powers[2:].tolist(), 2):
+            off = torch.atan2(b[row], a[row]) - position * angles
+            angles = angles + (off - (off / (2 * math.pi)).round() * 2 * math.pi) / position
+        angles = torch.where(partner.cpu() == torch.arange(rope.dim), 0.0, angles)
+        turns = others.double()[:, None] * angles
+        error = torch.stack([a[len(powers) :] - size * turns.cos(), b[len(powers) :] - size * turns.sin()])
+        return (angles, size) if bool((error.abs().amax((0, 1)) < _TOLERANCE * size).all()) else None
+    return None

@@ -1,0 +1,310 @@
+"""Attention of several new tokens over a packed layer: SDPA over what is read through the codes, and a band
+of exact tokens that a kernel adds to it.
+
+A query reads tokens further back than the window through their codes. Those are restored once for the call,
+in the model's dtype, for one layer: then plain causal SDPA applies, shifted by the window, and its
+log-sum-exp allows to add the band.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from rotatekv_fx.kernels.quantize.triton import launch_step, layout_of
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_TURN = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
+_ROWS = 64
+
+
+@triton.jit
+def _values(
+    codes_ptr, scale_ptr, offset_ptr, row, number, channel, inside, capacity,
+    GROUP: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, MIDPOINT: tl.constexpr,
+):  # fmt: skip
+    """Dequantized channels, fp32 [tokens, channels], of consecutive groups, the first of which is `row`."""
+    group = row + channel // GROUP
+    at = group[None, :] * capacity + number[:, None]
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    WIDTH: tl.constexpr = GROUP * LOW // 8
+    within = channel % GROUP
+    byte = tl.load(codes_ptr + at * BYTES + (within % WIDTH)[None, :], mask=inside, other=0).to(tl.int32)
+    codes = (byte >> (LOW * (within // WIDTH))[None, :]) & ((1 << LOW) - 1)
+    if BITS == 3:
+        HIGH: tl.constexpr = GROUP // 8
+        byte = tl.load(codes_ptr + at * BYTES + WIDTH + (within % HIGH)[None, :], mask=inside, other=0).to(
+            tl.int32
+        )
+        codes += 4 * ((byte >> (within // HIGH)[None, :]) & 1)
+    scale = tl.abs(tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    offset = tl.load(offset_ptr + at, mask=inside, other=0).to(tl.float32)
+    if MIDPOINT:
+        return offset + scale * codes.to(tl.float32)
+    return scale * (codes.to(tl.float32) - offset)
+
+
+@triton.jit(do_not_specialize=["length", "capacity", "rows"])
+def restore_kernel(
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    rotation_ptr, angle_ptr, shift_ptr, shift_stride, keys_ptr, values_ptr, length, rows, heads, units,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr,
+    KBITS: tl.constexpr, VBITS: tl.constexpr, PAIRS: tl.constexpr, MIDPOINT: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of N tokens, B * Hkv): keys and values [B, Hkv, rows, D] of the first `length` tokens."""
+    number = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch, within = head // heads, head % heads
+    inside = number < length
+    channel, place = tl.arange(0, DP), tl.arange(0, CP)
+    unit = within // (heads // units)
+    y = _values(
+        key_codes, key_scale, key_offset, (batch * units + unit) * (C // KGROUP), number, place,
+        inside[:, None] & (place < C)[None, :], capacity, KGROUP, KBYTES, KBITS, MIDPOINT,
+    )  # fmt: skip
+    rotation = rotation_ptr + within * D * (C + 2 * PAIRS)
+    known = (channel < D)[None, :]
+    weights = tl.load(
+        rotation + channel[None, :] * (C + 2 * PAIRS) + place[:, None], mask=known & (place < C)[:, None],
+        other=0.0,
+    )  # fmt: skip
+    keys = tl.dot(y, weights, input_precision="tf32x3")
+    if PAIRS > 0:
+        pair = tl.arange(0, PAIRS)
+        position = tl.load(shift_ptr + batch * shift_stride).to(tl.int64) + number
+        turns = position[:, None].to(tl.float64) * (tl.load(angle_ptr + pair) * _TURN)[None, :]
+        angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
+        waves = rotation + channel[None, :] * (C + 2 * PAIRS) + C + pair[:, None]
+        keys = tl.dot(tl.cos(angle), tl.load(waves, mask=known, other=0.0), keys, input_precision="tf32x3")
+        keys = tl.dot(
+            tl.sin(angle), tl.load(waves + PAIRS, mask=known, other=0.0), keys, input_precision="tf32x3"
+        )
+    at = (head * rows + number)[:, None]
+    kind = keys_ptr.dtype.element_ty
+    tl.store(keys_ptr + at * D + channel[None, :], keys.to(kind), mask=inside[:, None] & known)
+    first = within * DV
+    values = _values(
+        value_codes, value_scale, value_offset, batch * (heads * DV // VGROUP), number, first + channel,
+        inside[:, None] & (channel < DV)[None, :], capacity, VGROUP, VBYTES, VBITS, MIDPOINT,
+    )  # fmt: skip
+    tl.store(
+        values_ptr + at * DV + channel[None, :],
+        values.to(kind),
+        mask=inside[:, None] & (channel < DV)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "held", "far_skip", "near_skip"])
+def band_kernel(
+    query_ptr, key_ptr, value_ptr, far_ptr, far_lse_ptr, far_skip, near_ptr, near_lse_ptr, near_skip, out_ptr,
+    tokens, held, heads, scale,
+    REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
+    WINDOW: tl.constexpr, FAR: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of ROWS queries, B * Hq): the window's exact tokens, and up to two parts already attended.
+
+    key, value [B, Hkv, held, D]: the window before the first new token, as far as it goes, and the new tokens.
+    far, near [B, Hq, tokens - skip, DV] with natural log-sum-exps: parts that queries from `skip` on have.
+    """
+    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    channel, value_channel, block = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
+    inside = row < tokens
+    query = tl.load(
+        query_ptr + (head * tokens + row)[:, None] * D + channel[None, :],
+        mask=inside[:, None] & (channel < D)[None, :], other=0.0,
+    )  # fmt: skip
+    kv_head = head // REPEATS
+    highest = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    values = tl.zeros([ROWS, DVP], tl.float32)
+    if FAR:
+        own = inside & (row >= far_skip)
+        lse = tl.load(far_lse_ptr + head * (tokens - far_skip) + row - far_skip, mask=own, other=-1.0e30)
+        part = tl.load(
+            far_ptr + (head * (tokens - far_skip) + row - far_skip)[:, None] * DV + value_channel[None, :],
+            mask=own[:, None] & (value_channel < DV)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        highest = tl.where(own, lse * _LOG2E, highest)
+        total = tl.where(own, 1.0, 0.0)
+        values += part
+    if NEAR:
+        own = inside & (row >= near_skip)
+        lse = tl.load(near_lse_ptr + head * (tokens - near_skip) + row - near_skip, mask=own, other=-1.0e30)
+        lse = tl.where(own, lse * _LOG2E, -1.0e30)
+        part = tl.load(
+            near_ptr + (head * (tokens - near_skip) + row - near_skip)[:, None] * DV + value_channel[None, :],
+            mask=own[:, None] & (value_channel < DV)[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        top = tl.maximum(highest, lse)
+        fade, weight = tl.exp2(highest - top), tl.where(own, tl.exp2(lse - top), 0.0)
+        total = total * fade + weight
+        values = values * fade[:, None] + part * weight[:, None]
+        highest = top
+    # new token t of the prompt is held at t + held - tokens
+    shift = held - tokens
+    if WINDOW > 0:
+        low = tl.maximum(tile * ROWS + shift - WINDOW + 1, 0) // BLOCK * BLOCK
+        for first in range(low, tl.minimum(tile * ROWS + ROWS, tokens) + shift, BLOCK):
+            index = first + block
+            there = index < held
+            key = tl.load(
+                key_ptr + (kv_head * held + index)[None, :] * D + channel[:, None],
+                mask=there[None, :] & (channel < D)[:, None], other=0.0,
+            )  # fmt: skip
+            distance = (row + shift)[:, None] - index[None, :]
+            seen = (distance >= 0) & (distance < WINDOW) & there[None, :]
+            if _INTERPRETED:
+                scores = tl.dot(query.to(tl.float32), key.to(tl.float32)) * (scale * _LOG2E)
+            else:
+                scores = tl.dot(query, key, input_precision="ieee") * (scale * _LOG2E)
+            scores = tl.where(seen, scores, -2.0e30)
+            top = tl.maximum(highest, tl.max(scores, 1))
+            fade, weights = tl.exp2(highest - top), tl.exp2(scores - top[:, None])
+            value = tl.load(
+                value_ptr + (kv_head * held + index)[:, None] * DV + value_channel[None, :],
+                mask=there[:, None] & (value_channel < DV)[None, :], other=0.0,
+            )  # fmt: skip
+            total = total * fade + tl.sum(weights, 1)
+            values = values * fade[:, None]
+            if _INTERPRETED:
+                values = tl.dot(weights, value.to(tl.float32), values)
+            else:
+                values = tl.dot(weights.to(value.dtype), value, values, input_precision="ieee")
+            highest = top
+    out = values / tl.where(total > 0.0, total, 1.0)[:, None]
+    batch, own_head = head // heads, head % heads
+    tl.store(
+        out_ptr + ((batch * tokens + row) * heads + own_head)[:, None] * DV + value_channel[None, :],
+        out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (value_channel < DV)[None, :],
+    )  # fmt: skip
+
+
+def prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    number: int,
+    key_bits: int,
+    value_bits: int,
+    key_group: int,
+    value_group: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    scale: float,
+) -> Tensor:
+    """The op `rotatekv::prefill` (`rotatekv_fx.ops` describes it)."""
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    batch, query_heads, new, dim = query.shape
+    heads, value_dim = key.shape[1], value.shape[3]
+    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
+    exact_keys, exact_values = key, value
+    before = min(number, window)
+    if before:
+        slots = torch.arange(number - before, number, device=key.device) % recent[0].shape[2]
+        exact_keys, exact_values = (
+            torch.cat([ring[:, :, slots].to(x.dtype), x], 2)
+            for ring, x in zip(recent, (key, value), strict=True)
+        )
+    launch_step(
+        layout, key, value, history, recent, sinks, key_map, position, None, number, key_clip, value_clip,
+        scheme, window, False,
+    )  # fmt: skip
+    coded = max(0, number + new - window)
+    parts: list[tuple[Tensor, Tensor, int]] = []
+    if coded:
+        keys, values = _restored(
+            history, sinks, key_map, position - (number + new - 1), coded, key, value, layout, scheme
+        )
+        common = max(0, number - window)  # coded tokens that every query reads
+        skip = max(0, window - number)  # queries that read none of the others
+        if common:
+            parts.append((*_attention(query, keys[:, :, :common], values[:, :, :common], False, scale), 0))
+        rest = query[:, :, skip:], keys[:, :, common:], values[:, :, common:]
+        parts.append((*_attention(*rest, True, scale), skip))
+    out = query.new_empty((batch, new, query_heads, value_dim))
+    none = (query, query, 0)
+    far, near = [*parts, none, none][:2]
+    band_kernel[(triton.cdiv(new, _ROWS), batch * query_heads)](
+        query, exact_keys, exact_values, *far, *near, out, new, exact_keys.shape[2], query_heads, scale,
+        REPEATS=query_heads // heads, D=dim, DP=_power_of_two(dim), DV=value_dim,
+        DVP=_power_of_two(value_dim),
+        WINDOW=window, FAR=len(parts) > 0, NEAR=len(parts) > 1, ROWS=_ROWS, BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _restored(
+    history: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    shift: Tensor,
+    length: int,
+    key: Tensor,
+    value: Tensor,
+    layout: object,
+    scheme: str,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of the first `length` tokens as attention reads them, in the dtype of `key`."""
+    batch, heads, _, dim = key.shape
+    value_dim, rows = value.shape[3], length + 1  # the last row takes what has no place
+    keys, values = key.new_empty((batch, heads, rows, dim)), value.new_empty((batch, heads, rows, value_dim))
+    channels = key_map[0].shape[1]
+    shift = shift.contiguous()
+    restore_kernel[(triton.cdiv(length, _ROWS), batch * heads)](
+        *history, history[0].shape[2], key_map[2], key_map[3], shift, 0 if shift.shape[0] == 1 else 1,
+        keys, values, length, rows, heads, layout.units,
+        D=dim, DV=value_dim, DP=_power_of_two(max(dim, value_dim)), C=channels, CP=_power_of_two(channels),
+        KGROUP=layout.key_group, VGROUP=layout.value_group, KBYTES=history[0].shape[3],
+        VBYTES=history[3].shape[3], KBITS=layout.key_bits, VBITS=layout.value_bits,
+        PAIRS=len(key_map[3]), MIDPOINT=scheme == "midpoint", N=_ROWS, num_warps=8,
+    )  # fmt: skip
+    if sinks:
+        tokens = sinks[2].long()
+        place = torch.where((tokens >= 0) & (tokens < length), tokens, length)[:, None, :, None]
+        for whole, exact in ((keys, sinks[0]), (values, sinks[1])):
+            whole.scatter_(2, place.expand(exact.shape), exact.to(whole.dtype))
+    return keys[:, :, :length], values[:, :, :length]
+
+
+def _attention(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """SDPA and its natural log-sum-exp [B, Hq, S]; a causal square."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        out = _library_attention(query, keys, values, causal, scale)
+        return out[0].contiguous(), out[1].float().reshape(query.shape[:3]).contiguous()
+    repeats = query.shape[1] // keys.shape[1]
+    keys, values = (x.float().repeat_interleave(repeats, 1) for x in (keys, values))
+    scores = query.float() @ keys.transpose(-1, -2) * scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return (F.softmax(scores, -1) @ values).contiguous(), torch.logsumexp(scores, -1).contiguous()
+
+
+def _library_attention(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    aten = torch.ops.aten
+    if query.shape[3] <= 128 and torch.backends.cudnn.is_available():
+        return aten._scaled_dot_product_cudnn_attention(
+            query, keys, values, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+    return aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, False, scale=scale)[:2]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()

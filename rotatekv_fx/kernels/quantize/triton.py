@@ -1,0 +1,483 @@
+"""One launch for what surrounds decode attention: rotate the query, quantize the tokens that leave the
+window, and store the new ones; or, over a prompt, quantize many tokens.
+
+A program has one role: by its number it serves the query, the keys, the values, or the ring of recent tokens.
+Rows of a tile are sequences in decode, and tokens in a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from rotatekv_fx.kernels import tuning
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SCALE_MIN = tl.constexpr(6.103515625e-05)  # smallest normal fp16
+_HALF_MAX = tl.constexpr(65504.0)
+_ZERO_MAX = tl.constexpr(32767.0)
+
+
+@triton.jit
+def _round(x):
+    """To the nearest whole number, halves to even."""
+    if _INTERPRETED:
+        return (x + 12582912.0) - 12582912.0  # exact for |x| < 2^22
+    return libdevice.rint(x)
+
+
+@triton.jit
+def cos_sin(angle):
+    """fp32 cosine and sine of a float64 angle, by Taylor series in a half turn around 0."""
+    turns = angle * 0.15915494309189535
+    halves = tl.floor(turns * 2.0 + 0.5)
+    x = ((turns - halves * 0.5) * 6.283185307179586).to(tl.float32)
+    odd = halves - 2.0 * tl.floor(halves * 0.5)
+    sign = 1.0 - 2.0 * odd.to(tl.float32)
+    y = x * x
+    cos = -2.755731922398589e-07 + y * 2.08767569878681e-09
+    cos = 1.0 + y * (-0.5 + y * (0.041666666666666664 + y * (-0.001388888888888889 + y * (
+        2.48015873015873e-05 + y * cos))))  # fmt: skip
+    sin = 2.7557319223985893e-06 - y * 2.505210838544172e-08
+    sin = x * (1.0 + y * (-0.16666666666666666 + y * (0.008333333333333333 + y * (
+        -0.0001984126984126984 + y * sin))))  # fmt: skip
+    return cos * sign, sin * sign
+
+
+@triton.jit
+def _half_scale(scale):
+    """The scale as it is stored, a normal fp16 number, in fp32."""
+    return tl.minimum(tl.maximum(scale, _SCALE_MIN), _HALF_MAX).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _levels(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
+    """Codes [rows, channels] in fp32, scale and offset [rows] of one group (formulas: op `quantize`)."""
+    TOP: tl.constexpr = (1 << BITS) - 1
+    high = tl.max(tl.where(real[None, :], y, -float("inf")), 1)
+    low = tl.min(tl.where(real[None, :], y, float("inf")), 1)
+    mid = (high + low) / 2
+    flat = (high > low) == 0
+    if MIDPOINT:
+        reach = clip * (high - low) / 2
+        scale = _half_scale(tl.div_rn(2.0 * reach, TOP))
+        offset = tl.minimum(tl.maximum(mid - reach, -_HALF_MAX), _HALF_MAX).to(tl.float16).to(tl.float32)
+        codes = _round(tl.div_rn(y - offset[:, None], tl.broadcast_to(scale[:, None], y.shape)))
+    else:
+        scale = _half_scale(tl.div_rn(clip * high - clip * low, TOP))
+        offset = _round(tl.minimum(tl.maximum(tl.div_rn(-clip * low, scale), -1.0e6), 1.0e6))
+        flat = flat | ((tl.abs(offset) <= _ZERO_MAX) == 0)
+        scale = tl.where(flat, _half_scale(tl.abs(mid)), scale)
+        sign = tl.where(mid > 0.5 * scale, 1.0, 0.0) - tl.where(mid < -0.5 * scale, 1.0, 0.0)
+        offset = tl.where(flat, -sign, offset)
+        codes = _round(tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))) + offset[:, None]
+    codes = tl.where(flat[:, None], 0.0, tl.minimum(tl.maximum(codes, 0.0), TOP * 1.0))
+    return codes, scale, offset
+
+
+@triton.jit
+def _store_planes(
+    codes, at, keep, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr
+):
+    """Store codes [ROWS, planes * WIDTH], plane-major, as bytes at `at` [ROWS]: one a column of WIDTH."""
+    PLANES: tl.constexpr = 8 // BITS
+    planes = tl.reshape(codes, [ROWS, PLANES, WIDTH])
+    shifts = (tl.arange(0, PLANES) * BITS)[None, :, None]
+    packed = tl.sum(planes << shifts, 1).to(tl.uint8)
+    byte = tl.arange(0, WIDTH)
+    tl.store(at[:, None] + byte[None, :], packed, mask=keep[:, None] & (byte < BYTES)[None, :])
+
+
+@triton.jit
+def _product(x, matrix, y, ROWS: tl.constexpr):
+    """y + x @ matrix, for an fp32 matrix: one row is no work for tensor cores."""
+    if ROWS == 1:
+        return y + tl.sum(tl.trans(x.to(tl.float32)) * matrix, 0)[None, :]
+    if x.dtype == tl.float32 or _INTERPRETED:
+        return tl.dot(x.to(tl.float32), matrix, y, input_precision="tf32x3")
+    high = matrix.to(x.dtype)  # and the matrix as the sum of two 16-bit ones
+    low = (matrix - high.to(tl.float32)).to(x.dtype)
+    return tl.dot(x, low, tl.dot(x, high, y))
+
+
+@triton.jit
+def _quantize_group(
+    unit, group, block, tokens, rows_total, first, start, newest_sinks_ptr,
+    new_ptr, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
+    codes_ptr, scale_ptr, offset_ptr, capacity, clip, units, new_tokens,
+    U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
+    WRAPS: tl.constexpr, MARK: tl.constexpr,
+):  # fmt: skip
+    """Rows of one quantization group: gather, transform, quantize, pack, store."""
+    PBITS: tl.constexpr = 2 if BITS == 3 else BITS
+    PLANES: tl.constexpr = 8 // PBITS
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside = row < rows_total
+    batch, number = (row // tokens).to(tl.int64), first + row % tokens
+    inside = inside & (number >= 0)
+    is_new = number >= start
+    column = tl.arange(0, PLANES * WIDTH)
+    real = column % WIDTH < GROUP // PLANES
+    channel = column // WIDTH * (GROUP // PLANES) + column % WIDTH  # within the group
+    if MARK and SINKS > 0:
+        sink = tl.arange(0, SINKS_PADDED)
+        marked = tl.load(
+            newest_sinks_ptr + batch[:, None] * SINKS + sink[None, :],
+            mask=(row < rows_total)[:, None] & (sink < SINKS)[None, :], other=-1,
+        )  # fmt: skip
+    if TRANSFORM:
+        y = tl.zeros([ROWS, PLANES * WIDTH], tl.float32)
+        source = tl.arange(0, DP)
+        if PAIRS > 0:
+            pair = tl.arange(0, PAIRS)
+            mean = (
+                mean_ptr
+                + (unit * 2 * PAIRS + pair)[:, None].to(tl.int64) * (GROUPS * GROUP)
+                + (group * GROUP + channel)[None, :]
+            )
+            keep = real[None, :] & (pair >= 0)[:, None]
+            by_cos = tl.load(mean, mask=keep, other=0.0)
+            by_sin = tl.load(mean + PAIRS * GROUPS * GROUP, mask=keep, other=0.0)
+        for u in tl.static_range(U):
+            matrix = tl.load(
+                matrix_ptr
+                + ((unit * U + u) * D + source)[:, None].to(tl.int64) * (GROUPS * GROUP)
+                + (group * GROUP + channel)[None, :],
+                mask=(source < D)[:, None] & real[None, :], other=0.0,
+            )  # fmt: skip
+            if ROWS == 1:
+                tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+            head = batch * (units * U) + unit * U + u
+            inner = inside[:, None] & (source < D)[None, :]
+            x = tl.load(
+                new_ptr + (head * new_tokens + (number - start))[:, None] * D + source[None, :],
+                mask=inner & is_new[:, None], other=0.0,
+            )  # fmt: skip
+            x_held = tl.load(
+                ring_ptr + (head * ring + number % ring)[:, None] * D + source[None, :],
+                mask=inner & (is_new == 0)[:, None], other=0.0,
+            )  # fmt: skip
+            if new_ptr.dtype == ring_ptr.dtype:
+                x = tl.where(is_new[:, None], x, x_held)
+            else:
+                x = x.to(tl.float32) + x_held.to(tl.float32)
+            y = _product(x, matrix, y, ROWS)
+        if PAIRS > 0:
+            newest_position = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+            angles = tl.load(angle_ptr + pair)
+            place = newest_position.to(tl.float64) + (number - (start + new_tokens - 1)).to(tl.float64)
+            cos, sin = cos_sin(place[:, None] * angles[None, :])
+            y = _product(-cos, by_cos, y, ROWS)
+            y = _product(-sin, by_sin, y, ROWS)
+    else:
+        flat = group * GROUP + channel
+        head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
+        inner = inside[:, None] & real[None, :]
+        y = tl.load(
+            new_ptr + (head * new_tokens + (number - start)[:, None]) * D + (flat % D)[None, :],
+            mask=inner & is_new[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        y += tl.load(
+            ring_ptr + (head * ring + (number % ring)[:, None]) * D + (flat % D)[None, :],
+            mask=inner & (is_new == 0)[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    codes, scale, offset = _levels(y, real, BITS, clip, MIDPOINT)
+    codes = tl.where(real[None, :], codes, 0.0).to(tl.int32)
+    slot = number
+    if WRAPS:
+        slot = number % capacity
+    at = (batch * (units * GROUPS) + unit * GROUPS + group) * capacity + slot
+    if BITS == 3:
+        low: tl.constexpr = GROUP // 4
+        _store_planes(codes & 3, codes_ptr + at * BYTES, inside, ROWS, WIDTH, 2, low)
+        _store_planes(codes >> 2, codes_ptr + at * BYTES + low, inside, ROWS, WIDTH // 2, 1, GROUP // 8)
+    else:
+        _store_planes(codes, codes_ptr + at * BYTES, inside, ROWS, WIDTH, BITS, BYTES)
+    if MARK and SINKS > 0:
+        # a sink is read from its exact form: the negative scale hides its codes
+        chosen = tl.max((marked == number[:, None]).to(tl.int32), 1) > 0
+        scale = tl.where(chosen, -scale, scale)
+    tl.store(scale_ptr + at, scale.to(tl.float16), mask=inside)
+    tl.store(offset_ptr + at, offset.to(offset_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rotate_query(
+    head, block, part, rows_total, repeats, kv_heads, query_ptr, matrix_ptr, rotated_ptr, factor,
+    D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Query rows of one KV head times its matrix [D, WIDTH], in fp32."""
+    source, column = tl.arange(0, DP), part * COLUMNS + tl.arange(0, COLUMNS)
+    matrix = tl.load(
+        matrix_ptr + (head * D + source)[:, None].to(tl.int64) * WIDTH + column[None, :],
+        mask=(source < D)[:, None] & (column < WIDTH)[None, :], other=0.0,
+    )  # fmt: skip
+    if ROWS <= 4:
+        tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+        queries = ()
+        for i in tl.static_range(ROWS):
+            row = block * ROWS + i
+            query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
+            x = tl.load(
+                query_ptr + tl.cast(query_row, tl.int64) * D + source,
+                mask=(source < D) & (source * 0 + row < rows_total), other=0.0,
+            )  # fmt: skip
+            queries = queries + (x,)
+        for i in tl.static_range(ROWS):
+            row = block * ROWS + i
+            query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
+            y = tl.sum(queries[i].to(tl.float32)[:, None] * matrix, 0) * factor
+            tl.store(
+                rotated_ptr + tl.cast(query_row, tl.int64) * WIDTH + column, y,
+                mask=(column < WIDTH) & (column * 0 + row < rows_total),
+            )  # fmt: skip
+    else:
+        row = block * ROWS + tl.arange(0, ROWS)
+        inside = row < rows_total
+        query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
+        x = tl.load(
+            query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
+            mask=inside[:, None] & (source < D)[None, :], other=0.0,
+        )  # fmt: skip
+        y = _product(x, matrix, tl.zeros([ROWS, COLUMNS], tl.float32), ROWS) * factor
+        tl.store(
+            rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y,
+            mask=inside[:, None] & (column < WIDTH)[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_recent(
+    at, tokens, start, new_keys, new_values, ring_keys, ring_values, ring, new_tokens,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last tokens of one head's new ones, to their places in the ring."""
+    channel = tl.arange(0, DP)
+    skipped = new_tokens - tokens
+    for t0 in range(0, tokens, BLOCK):
+        token = skipped + t0 + tl.arange(0, BLOCK)
+        inside = (token < new_tokens)[:, None]
+        source = (at * new_tokens + token)[:, None]
+        target = (at * ring + (start + token) % ring)[:, None]
+        x = tl.load(
+            new_keys + source * D + channel[None, :], mask=inside & (channel < D)[None, :], other=0.0
+        ).to(tl.float32)
+        y = tl.load(
+            new_values + source * DV + channel[None, :], mask=inside & (channel < DV)[None, :], other=0.0
+        ).to(tl.float32)
+        if ring_keys.dtype.element_ty == tl.float16:
+            x = tl.minimum(tl.maximum(x, -_HALF_MAX), _HALF_MAX)
+            y = tl.minimum(tl.maximum(y, -_HALF_MAX), _HALF_MAX)
+        kind = ring_keys.dtype.element_ty
+        tl.store(ring_keys + target * D + channel[None, :], x.to(kind), mask=inside & (channel < D)[None, :])
+        tl.store(
+            ring_values + target * DV + channel[None, :], y.to(kind), mask=inside & (channel < DV)[None, :]
+        )
+
+
+@triton.jit(do_not_specialize=["number", "tokens", "rows_total", "new_tokens", "ring_tokens"])
+def step_kernel(
+    count_ptr, number, tokens, rows_total, new_tokens, ring_tokens,
+    key_programs, value_programs, query_programs, query_blocks, row_blocks,
+    query_ptr, query_matrix, rotated_ptr, factor, repeats, kv_heads,
+    new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+    key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    key_clip, value_clip, units,
+    COUNTED: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
+    U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
+    KBITS: tl.constexpr, VBITS: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr,
+    KWIDTH: tl.constexpr, VWIDTH: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
+    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr, QROWS: tl.constexpr,
+    RING_BLOCK: tl.constexpr, DEPENDED_ON: tl.constexpr,
+):  # fmt: skip
+    """Grid: key programs, then value, query and ring programs (B * Hkv of the last).
+
+    New tokens are `number` ... number + new_tokens - 1 (number from `count_ptr` where COUNTED). `tokens` of
+    them or of the ring's become codes in each sequence: the last ones outside the window of WINDOW.
+    """
+    if DEPENDED_ON:
+        gdc_launch_dependents()  # the next kernel waits for this one's end where it needs its results
+    start = number
+    if COUNTED:
+        start = tl.load(count_ptr).to(tl.int32)
+    first = start + new_tokens - WINDOW - tokens
+    program = tl.program_id(0)
+    if program < key_programs:
+        _quantize_group(
+            program // row_blocks // KG, program // row_blocks % KG, program % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
+            new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
+            MIDPOINT, TRANSFORM, WRAPS, True,
+        )  # fmt: skip
+    elif program < key_programs + value_programs:
+        index = program - key_programs
+        _quantize_group(
+            index // row_blocks // VG, index // row_blocks % VG, index % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
+            units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
+            MIDPOINT, False, WRAPS, False,
+        )  # fmt: skip
+    elif program < key_programs + value_programs + query_programs:
+        parts: tl.constexpr = (QWIDTH + COLUMNS - 1) // COLUMNS
+        index = program - key_programs - value_programs
+        part, rest = index % parts, index // parts
+        _rotate_query(
+            rest // query_blocks, rest % query_blocks, part, rows_total // tokens * repeats, repeats,
+            kv_heads, query_ptr, query_matrix, rotated_ptr, factor, D, DP, QWIDTH, QROWS, COLUMNS,
+        )  # fmt: skip
+    else:
+        _store_recent(
+            (program - query_programs - key_programs - value_programs).to(tl.int64), ring_tokens, start,
+            new_keys, new_values, ring_keys, ring_values, ring, new_tokens, D, DV, DP, RING_BLOCK,
+        )  # fmt: skip
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a layer's heads form units, and the channels of a unit quantization groups.
+
+    Attributes:
+        units: units of heads.
+        heads: KV heads of a unit.
+        key_groups, value_groups: quantization groups of a unit.
+        key_bits, value_bits: of a code.
+        key_group, value_group: channels of a group.
+    """
+
+    units: int
+    heads: int
+    key_groups: int
+    value_groups: int
+    key_bits: int
+    value_bits: int
+    key_group: int
+    value_group: int
+
+
+def layout_of(
+    key: Tensor, value: Tensor, key_map: list[Tensor], bits: tuple[int, int], groups: tuple[int, int]
+) -> Layout:
+    """From the arguments of the ops: `key_map[0]` is [units, channels, channels]."""
+    units = key_map[0].shape[0]
+    heads = key.shape[1] // units
+    counts = (heads * key.shape[3] // groups[0], heads * value.shape[3] // groups[1])
+    return Layout(units, heads, *counts, *bits, *groups)
+
+
+def extend(
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    count: Tensor | None,
+    number: int,
+    key_bits: int,
+    value_bits: int,
+    key_group: int,
+    value_group: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    wraps: bool,
+) -> None:
+    """The op `rotatekv::extend` (`rotatekv_fx.ops` describes it): codes first, then the ring."""
+    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
+    launch_step(
+        layout, key.contiguous(), value.contiguous(), history, recent, sinks, key_map, position, count,
+        number, key_clip, value_clip, scheme, window, wraps,
+    )  # fmt: skip
+
+
+def launch_step(
+    layout: Layout,
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    count: Tensor | None,
+    number: int,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    wraps: bool,
+    query: Tensor | None = None,
+    rotated: Tensor | None = None,
+    factor: float = 1.0,
+    depended_on: bool = False,
+) -> None:
+    """Launch `step_kernel`: once for one new token; twice for several, whose ring may hold what leaves."""
+    batch, heads, new, dim = key.shape
+    value_dim = value.shape[3]
+    capacity = history[0].shape[2]
+    tokens = min(new, capacity)
+    matrix, mean, query_matrix, angles = key_map[:4]
+    repeats = 1 if query is None else query.shape[1] // heads
+    rows = tuning.row_block(batch * tokens, 1)
+    row_blocks = triton.cdiv(batch * tokens, rows)
+    query_rows = tuning.row_block(batch * repeats, 4)
+    query_blocks = triton.cdiv(batch * repeats, query_rows)
+    width, columns = query_matrix.shape[2], 32 if query_rows <= 4 else 64
+    sink_count = sinks[2].shape[1] if sinks else 0
+    query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
+    key_programs = layout.units * layout.key_groups * row_blocks
+    value_programs = layout.units * layout.value_groups * row_blocks
+    ring_keys, ring_values = recent or (key, value)
+    ring = ring_keys.shape[2]
+
+    def launch(programs: tuple[int, int, int, int], ring_tokens: int) -> None:
+        step_kernel[(sum(programs),)](
+            position if count is None else count, number, tokens, batch * tokens, new, ring_tokens,
+            *programs[:3], query_blocks, row_blocks,
+            key if query is None else query, query_matrix, query_matrix if rotated is None else rotated,
+            factor, repeats, heads, key, value, ring_keys, ring_values, ring,
+            sinks[2] if sinks else position, matrix, mean, angles, position,
+            0 if position.shape[0] == 1 else 1, *history, capacity, key_clip, value_clip, layout.units,
+            COUNTED=count is not None, WINDOW=window, D=dim, DV=value_dim,
+            DP=_power_of_two(max(dim, value_dim, 16)), U=layout.heads,
+            KG=layout.key_groups, VG=layout.value_groups, KGROUP=layout.key_group, VGROUP=layout.value_group,
+            KBITS=layout.key_bits, VBITS=layout.value_bits,
+            KBYTES=history[0].shape[3], VBYTES=history[3].shape[3],
+            KWIDTH=_plane_width(layout.key_group, layout.key_bits),
+            VWIDTH=_plane_width(layout.value_group, layout.value_bits),
+            QWIDTH=width, COLUMNS=columns, PAIRS=len(angles),
+            SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
+            MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
+            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
+            num_warps=16 if rows == 1 else 8,
+        )  # fmt: skip
+
+    ring_programs = batch * heads if recent else 0
+    if new == 1:
+        launch((key_programs, value_programs, query_programs, ring_programs), 1)
+        return
+    launch((key_programs, value_programs, query_programs, 0), 0)
+    if ring_programs:
+        launch((0, 0, 0, ring_programs), min(new, ring))
+
+
+def _plane_width(group: int, bits: int) -> int:
+    """Bytes of a plane of codes (the 2-bit one at 3 bits), padded to a power of two."""
+    return _power_of_two(group * (2 if bits == 3 else bits) // 8)

@@ -1,0 +1,62 @@
+"""Launch choices of the kernels, measured on a Hopper GPU (benchmarks/results)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+TABLE_TOKENS = 64  # rows of the position table: the longest tile
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeChoice:
+    """Tokens of a tile, pipeline stages, and shares of the history a unit."""
+
+    tile: int
+    stages: int
+    splits: int
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def row_block(rows: int, few: int) -> int:
+    """Rows of a program that multiplies by a layer's matrix: `few` by hand, or 16 or 64 by tensor cores."""
+    if rows <= 4 * few:
+        return min(few, 1 << max(0, rows - 1).bit_length())
+    return 16 if rows < 1024 else 64
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+def decode_choice(
+    device: torch.device, units: int, capacity: int, rows: int, exact_tiles: int
+) -> DecodeChoice:
+    """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
+
+    Args:
+        units: sequences times units of heads.
+        capacity: slots of a sequence's history.
+        rows: query rows of a unit.
+        exact_tiles: programs of a unit beside those of the history.
+    """
+    processors = _multiprocessors(device)
+    tile = 64 if rows <= 8 and units * capacity >= 64 * 8 * processors else 32
+    wave = processors * (8 if tile == 64 else 12)  # what registers let run at once
+    exact = units * exact_tiles
+    splits = (wave - exact if 4 * exact < wave else wave) // units
+    return DecodeChoice(tile, 2, max(1, min(splits, -(-capacity // tile))))

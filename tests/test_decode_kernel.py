@@ -1,0 +1,155 @@
+"""The Triton kernels of decode attention against the plain reference: interpreted on a CPU, and on a GPU."""
+
+import math
+import os
+
+import pytest
+import torch
+
+from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.quantize.reference import packed_bytes
+from rotatekv_fx.kernels.tuning import TABLE_TOKENS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16  # the interpreter truncates to bfloat16
+
+CASES = {
+    "grouped": {},
+    "one query head": {"query_heads": 2},
+    "sixteen query heads": {"query_heads": 32},
+    "dim 64, heads share a group": {"dim": 64, "query_heads": 8},
+    "dim 96": {"dim": 96, "heads": 4, "query_heads": 8},
+    "dim 256": {"dim": 256, "query_heads": 4},
+    "heads mixed": {"head_group": 2},
+    "3 bits": {"bits": (3, 3)},
+    "4 and 8 bits": {"bits": (4, 8)},
+    "8 and 4 bits": {"bits": (8, 4)},
+    "group 64": {"group": 64},
+    "group 32": {"group": 32, "bits": (2, 4)},
+    "zero points": {"scheme": "zero_point", "pairs": 0},
+    "no window": {"window": 0},
+    "no window, no sinks": {"window": 0, "sinks": 0},
+    "softcap": {"softcap": 5.0},
+    "sink logits": {"logits": True},
+    "left padding": {"padding": (0, 70)},
+    "sliding": {"sliding": 96, "capacity": 80, "wraps": True, "length": 201},
+    "short": {"length": 20},
+    "first token": {"length": 0, "sinks": 0},
+    "counted": {"counted": True},
+    "half": {"dtype": torch.float16},
+    "single": {"dtype": torch.float32},
+}
+
+
+def build(
+    dim=128, heads=2, query_heads=8, batch=2, length=300, capacity=320, window=64, slack=8, sinks=6,
+    bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
+    sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
+):  # fmt: skip
+    """Arguments of the op `decode` for a cache that holds `length` tokens, filled by the reference."""
+    g = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    unit = math.lcm(head_group, *(group // math.gcd(group, dim) for _ in range(2)))
+    units, channels = heads // unit, unit * dim
+    blocks = [
+        torch.linalg.qr(randn(head_group * dim, head_group * dim))[0] for _ in range(heads // head_group)
+    ]
+    per_unit = unit // head_group
+    matrix = torch.stack([torch.block_diag(*blocks[u * per_unit : (u + 1) * per_unit]) for u in range(units)])
+    angles = torch.zeros(pairs, dtype=torch.float64)
+    angles[: pairs // 2] = 10000.0 ** -(torch.arange(pairs // 2, dtype=torch.float64) / max(1, pairs // 2))
+    cos_part, sin_part = (randn(heads, pairs, dim) * 0.5 for _ in range(2))
+    flat = torch.zeros(units, 2 * pairs, channels)
+    rotation = torch.zeros(heads, dim, channels + 2 * pairs)
+    for h in range(heads):
+        u, at = h // unit, h % unit * dim
+        flat[u, :pairs, at : at + dim], flat[u, pairs:, at : at + dim] = cos_part[h], sin_part[h]
+        rotation[h, :, :channels] = torch.linalg.inv(matrix[u])[:, at : at + dim].T
+        rotation[h, :, channels : channels + pairs] = cos_part[h].T
+        rotation[h, :, channels + pairs :] = sin_part[h].T
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
+    key_map = [
+        matrix, flat @ matrix, rotation, angles,
+        torch.cat([steps.cos(), steps.sin()], -1).half(),
+    ]  # fmt: skip
+    exact = torch.float16 if dtype is torch.float32 else dtype
+    history = []
+    for b in bits:
+        groups = heads * dim // group
+        history += [
+            torch.full((batch, groups, capacity, packed_bytes(group, b)), 0xA5, dtype=torch.uint8),
+            torch.full((batch, groups, capacity), float("nan"), dtype=torch.float16),
+            torch.full((batch, groups, capacity), float("nan")).to(
+                torch.float16 if scheme == "midpoint" else torch.int16
+            ),
+        ]
+    ring = window + slack
+    recent = (
+        [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if window else []
+    )
+    common = [*bits, group, group, 0.7, 0.8, scheme, window]
+    tokens = max(length, 1)
+    keys = (randn(batch, heads, tokens + 1, dim) + 0.3).to(dtype)
+    values = randn(batch, heads, tokens + 1, dim).to(dtype)
+    store = []
+    if sinks:
+        chosen = torch.stack([torch.randperm(tokens, generator=g)[:sinks] for _ in range(batch)]).int()
+        chosen[0, -1] = -1
+        at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
+        store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
+    shift = torch.tensor([7, -3])[:batch, None]
+    if length:
+        reference.extend(
+            keys[:, :, :length], values[:, :, :length], history, recent, store, key_map,
+            shift + length - 1, None, 0, *common, wraps,
+        )  # fmt: skip
+    mask = None
+    if padding:
+        mask = torch.ones(batch, length + 1, dtype=torch.bool)
+        for b, count in enumerate(padding):
+            mask[b, :count] = False
+    return [
+        randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
+        values[:, :, length : length + 1], history, recent, store, key_map, shift + length,
+        mask, torch.tensor(length) if counted else None, 0 if counted else length, 0, *common, sliding, wraps,
+        dim**-0.5, softcap, randn(query_heads) if logits else None,
+    ]  # fmt: skip
+
+
+def copied(x, device="cpu"):
+    if isinstance(x, torch.Tensor):
+        return x.to(device, copy=True)
+    return [copied(y, device) for y in x] if isinstance(x, list) else x
+
+
+def relative(actual, expected):
+    difference = (actual.float().cpu() - expected.float()).square().mean().sqrt()
+    return float(difference / expected.float().square().mean().sqrt())
+
+
+needs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_decode_matches_the_reference(name):
+    from rotatekv_fx.kernels.attention import triton as kernels
+
+    arguments = build(**CASES[name])
+    expected_arguments, actual_arguments = copied(arguments), copied(arguments, DEVICE)
+    expected = reference.decode(expected_arguments[0].float(), *expected_arguments[1:])
+    actual = kernels.decode(*actual_arguments)
+    assert not actual.isnan().any()
+    assert relative(actual, expected) < (3e-3 if actual.dtype is torch.bfloat16 else 1.5e-3)
+    for now, wanted in zip(actual_arguments[4], expected_arguments[4], strict=True):
+        torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    for now, wanted in zip(actual_arguments[3], expected_arguments[3], strict=True):
+        same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
+        assert same.float().mean() > 0.999

@@ -1,0 +1,50 @@
+"""Attention of a prompt over a packed layer: the Triton path against the plain reference."""
+
+import pytest
+import torch
+from test_decode_kernel import DEVICE, build, copied, needs_kernels, relative
+
+from rotatekv_fx.kernels.prefill import reference
+
+CASES = {
+    "fresh": {"length": 0, "sinks": 0},
+    "on a history": {"length": 150},
+    "on less than a window": {"length": 30},
+    "no window": {"length": 100, "window": 0},
+    "no window, fresh": {"length": 0, "window": 0, "sinks": 0},
+    "dim 64, heads share a group": {"length": 80, "dim": 64, "query_heads": 8},
+    "3 and 4 bits": {"length": 80, "bits": (3, 4)},
+    "heads mixed": {"length": 80, "head_group": 2},
+}
+
+
+def arguments_of(new, **case):
+    """Arguments of the op `prefill` for `new` tokens after those of `test_decode_kernel.build`."""
+    found = build(capacity=480, **case)
+    query, key, value, *stored, position, _mask, _count, number, _offset = found[:12]
+    generator = torch.Generator().manual_seed(5)
+
+    def like(x):
+        shape = (*x.shape[:2], new, x.shape[3])
+        return torch.randn(shape, generator=generator).to(x.dtype)
+
+    common = found[12:20]
+    return [
+        like(query), like(key), like(value), *stored, position + new - 1, number, *common, found[22],
+    ]  # fmt: skip
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_matches_the_reference(name):
+    from rotatekv_fx.kernels.prefill import triton as kernels
+
+    arguments = arguments_of(130, **CASES[name])
+    expected_arguments, actual_arguments = copied(arguments), copied(arguments, DEVICE)
+    expected = reference.prefill(expected_arguments[0].float(), *expected_arguments[1:])
+    actual = kernels.prefill(*actual_arguments)
+    assert relative(actual, expected) < (6e-3 if actual.dtype is torch.bfloat16 else 2e-3)
+    for now, wanted in zip(actual_arguments[3], expected_arguments[3], strict=True):
+        same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
+        assert same.float().mean() > 0.999
