@@ -45,6 +45,11 @@ def test_the_table_is_whole(recorded):
     assert RECORDED.with_suffix(".md").read_text(encoding="utf-8") == page
 
 
+def test_the_docs_list_the_refusals(recorded):
+    page = (RECORDED.parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert f"{compatibility.BEGIN}\n\n{compatibility.refusals(recorded['rows'])}\n{compatibility.END}" in page
+
+
 def test_nothing_in_the_table_is_wrong(recorded):
     assert rows(recorded, "wrong") == []
     assert all(
