@@ -9,14 +9,17 @@ import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 
+STEP_WARPS = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class DecodeChoice:
-    """Tokens of a tile, pipeline stages, and shares of the history a unit."""
+    """Tokens of a tile, pipeline stages, shares of the history a unit, and registers a thread may use."""
 
     tile: int
     stages: int
     splits: int
+    registers: int | None = None
 
 
 @functools.cache
@@ -44,7 +47,7 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def decode_choice(
-    device: torch.device, units: int, capacity: int, rows: int, exact_tiles: int
+    device: torch.device, units: int, capacity: int, rows: int, channels: int, exact_tiles: int
 ) -> DecodeChoice:
     """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
 
@@ -52,11 +55,13 @@ def decode_choice(
         units: sequences times units of heads.
         capacity: slots of a sequence's history.
         rows: query rows of a unit.
+        channels: of a unit's keys or values, the larger.
         exact_tiles: programs of a unit beside those of the history.
     """
     processors = _multiprocessors(device)
-    tile = 64 if rows <= 8 and units * capacity >= 64 * 8 * processors else 32
-    wave = processors * (8 if tile == 64 else 12)  # what registers let run at once
+    wave = processors * 12  # programs that run at once, of 168 registers a thread
+    long = rows <= 8 and channels <= 128 and units * capacity >= 64 * wave
+    tile = 64 if long else 32
     exact = units * exact_tiles
     splits = (wave - exact if 4 * exact < wave else wave) // units
-    return DecodeChoice(tile, 2, max(1, min(splits, -(-capacity // tile))))
+    return DecodeChoice(tile, 2, max(1, min(splits, -(-capacity // tile))), 168 if long else None)

@@ -291,10 +291,6 @@ def _history(
 
     for n0 in tl.range(start, stop, N, num_stages=STAGES):
         data = coming
-        coming = _token_data(
-            n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-            mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
-        )  # fmt: skip
         held = n0 + tokens < stop
         origin = tl.cast(n0, tl.int64)
         slot = tokens
@@ -347,6 +343,10 @@ def _history(
         weights = tl.exp2(scores - (new_highest - _WEIGHT_BITS)[None, :])
         highest = new_highest
         total = total * fade + _by_residue(weights * lowered[:, None], N, M)
+        coming = _token_data(
+            n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
+            mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
+        )  # fmt: skip
         new_accumulators = ()
         new_offsets = ()
         for g in tl.static_range(VG):
@@ -629,7 +629,10 @@ def decode(
     sink_count = sinks[2].shape[1] if sinks else 0
     exact_tile = 32 if unit_heads == 1 and dim <= 128 else 16
     exact_tiles = triton.cdiv(sink_count, exact_tile) + triton.cdiv(window, exact_tile)
-    choice = tuning.decode_choice(query.device, batch * layout.units, history[0].shape[2], rows, exact_tiles)
+    channels = max(layout.key_groups * key_group, layout.value_groups * value_group)
+    choice = tuning.decode_choice(
+        query.device, batch * layout.units, history[0].shape[2], rows, channels, exact_tiles
+    )
     count_parts = choice.splits + exact_tiles
     parts = query.new_empty((batch * layout.units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * layout.units, count_parts, rows, 2), dtype=torch.float32)
@@ -658,7 +661,7 @@ def decode(
         CP=_power_of_two(layout.key_groups * key_group), PAIRS=pairs, SINKS=sink_count,
         WINDOW=window, SLIDING=sliding, N=choice.tile, NE=exact_tile, STAGES=choice.stages,
         MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
-        DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
+        DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, maxnreg=choice.registers, **launch,
     )  # fmt: skip
     columns = min(32, _power_of_two(value_dim))
     combine_kernel[(batch * query_heads, triton.cdiv(value_dim, columns))](
