@@ -9,6 +9,13 @@ Codes are never converted. Words of 16 bits are masked, and what is left is read
 code * 2^(bit - 24), which tensor cores multiply exactly; 2^-bit goes to the query's channel and to the
 output's, 2^24 to the scales.
 
+A token's value scale is part of its weight, as its logarithm in the score: fp16 then holds the weights of any
+scale, and the sums of weights and offsets divide it out again. Scales are read a tile ahead of their use.
+
+Three launches make a step: `step_kernel` (rotate the query, quantize what leaves the window, store the new
+token), `decode_kernel` (parts of the sums over tokens) and `combine_kernel`. On Hopper the later two start
+early and wait where they need the results of the one before.
+
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
 of the unit, and the rows' own head picks its share of the values at the end.
