@@ -9,17 +9,14 @@ import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 
-STEP_WARPS = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class DecodeChoice:
-    """Tokens of a tile, pipeline stages, shares of the history a unit, and registers a thread may use."""
+    """Tokens of a tile, pipeline stages, and shares of the history a unit."""
 
     tile: int
     stages: int
     splits: int
-    registers: int | None = None
 
 
 @functools.cache
@@ -34,6 +31,19 @@ def row_block(rows: int, few: int) -> int:
     if rows <= 4 * few:
         return min(few, 1 << max(0, rows - 1).bit_length())
     return 16 if rows < 1024 else 64
+
+
+def step_warps(rows: int) -> int:
+    """Warps of a program of `step_kernel` that has so many rows."""
+    return 8 if rows == 1 else 16
+
+
+def combine_block(parts: int, channels: int) -> tuple[int, int, int]:
+    """Parts and channels that a program of `combine_kernel` reads at a time, and its warps."""
+    block = min(256, 1 << max(0, parts - 1).bit_length())
+    if block <= 16:
+        return block, 1 << max(0, channels - 1).bit_length(), 2
+    return block, min(32, 1 << max(0, channels - 1).bit_length()), 8 if block > 64 else 4
 
 
 @functools.cache
@@ -59,9 +69,12 @@ def decode_choice(
         exact_tiles: programs of a unit beside those of the history.
     """
     processors = _multiprocessors(device)
-    wave = processors * 12  # programs that run at once, of 168 registers a thread
-    long = rows <= 8 and channels <= 128 and units * capacity >= 64 * wave
-    tile = 64 if long else 32
+    wave = processors * 8  # programs that run at once, by their registers
+    tile = 64 if rows <= 8 and channels <= 128 and units * capacity >= 64 * wave else 32
+    if tile == 32:
+        wave = processors * 12
     exact = units * exact_tiles
-    splits = (wave - exact if 4 * exact < wave else wave) // units
-    return DecodeChoice(tile, 2, max(1, min(splits, -(-capacity // tile))), 168 if long else None)
+    splits = (wave - exact if 16 * exact < wave else wave) // units  # or history waits for exact tiles
+    tiles = max(1, -(-capacity // tile))
+    each = -(-tiles // max(1, splits))
+    return DecodeChoice(tile, 2, -(-tiles // each))

@@ -568,12 +568,13 @@ def combine_kernel(
     for p0 in range(0, parts, BLOCK):
         at = first + (p0 + block) * rows
         inside = p0 + block < parts
-        highest = tl.load(weight_ptr + at * 2, mask=inside, other=_HIDDEN)
-        part_total = tl.load(weight_ptr + at * 2 + 1, mask=inside, other=0.0)
         values = tl.load(
             part_ptr + at[:, None] * DV + channel[None, :],
             mask=inside[:, None] & (channel < DV)[None, :], other=0.0,
         )  # fmt: skip
+        tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+        highest = tl.load(weight_ptr + at * 2, mask=inside, other=_HIDDEN)
+        part_total = tl.load(weight_ptr + at * 2 + 1, mask=inside, other=0.0)
         new_top = tl.maximum(top, tl.max(highest, 0))
         weight = tl.exp2(highest - new_top)
         fade = tl.exp2(top - new_top)
@@ -668,14 +669,13 @@ def decode(
         CP=_power_of_two(layout.key_groups * key_group), PAIRS=pairs, SINKS=sink_count,
         WINDOW=window, SLIDING=sliding, N=choice.tile, NE=exact_tile, STAGES=choice.stages,
         MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
-        DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, maxnreg=choice.registers, **launch,
+        DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
-    columns = min(32, _power_of_two(value_dim))
+    block, columns, warps = tuning.combine_block(count_parts, value_dim)
     combine_kernel[(batch * query_heads, triton.cdiv(value_dim, columns))](
         parts, weights, weights if sink_logits is None else sink_logits, out, count_parts, rows,
         DV=value_dim, HAS_LOGITS=0 if sink_logits is None else query_heads,
-        BLOCK=min(256, _power_of_two(count_parts)), COLUMNS=columns, DEPENDENT=dependent,
-        num_warps=8 if count_parts > 64 else 4, **launch,
+        BLOCK=block, COLUMNS=columns, DEPENDENT=dependent, num_warps=warps, **launch,
     )  # fmt: skip
     return out
 

@@ -467,7 +467,7 @@ def launch_step(
             SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
             MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
             ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
-            num_warps=tuning.STEP_WARPS,
+            num_warps=tuning.step_warps(rows),
         )  # fmt: skip
 
     ring_programs = batch * heads if recent else 0
