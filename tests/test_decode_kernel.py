@@ -18,6 +18,7 @@ CASES = {
     "grouped": {},
     "one query head": {"query_heads": 2},
     "sixteen query heads": {"query_heads": 32},
+    "six sequences": {"batch": 6, "length": 130, "capacity": 144},
     "dim 64, heads share a group": {"dim": 64, "query_heads": 8},
     "dim 96": {"dim": 96, "heads": 4, "query_heads": 8},
     "dim 256": {"dim": 256, "query_heads": 4},
@@ -101,7 +102,7 @@ def build(
         chosen[0, -1] = -1
         at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
         store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
-    shift = torch.tensor([7, -3])[:batch, None]
+    shift = (7 - 10 * torch.arange(batch))[:, None]
     if length:
         reference.extend(
             keys[:, :, :length], values[:, :, :length], history, recent, store, key_map,
@@ -156,6 +157,28 @@ def test_decode_matches_the_reference(name):
 
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [1, 40, 90])
+@pytest.mark.parametrize("dim, window", [(128, 64), (64, 64), (128, 0)])
+def test_extend_matches_the_reference(new, dim, window):
+    from rotatekv_fx.kernels.quantize import triton as kernels
+
+    arguments = build(dim=dim, window=window, length=100, capacity=208)
+    _, key, value, history, recent, sinks, key_map, position, _, _, number, _, *codec = arguments
+    g = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(*x.shape[:2], new, x.shape[3], generator=g).to(x.dtype) for x in (key, value))
+    rest = [history, recent, sinks, key_map, position + new - 1, None, number, *codec[:8], False]
+    expected, actual = copied([key, value, *rest]), copied([key, value, *rest], DEVICE)
+    reference.extend(*expected)
+    kernels.extend(*actual)
+    for now, wanted in zip(actual[3], expected[3], strict=True):
+        torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    for now, wanted in zip(actual[2], expected[2], strict=True):
+        same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
+        assert same.float().mean() > 0.999
 
 
 @needs_gpu
