@@ -87,7 +87,7 @@ def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
 
 
 def error_of(arguments: list) -> float:
-    """Relative RMS error of the kernel on its first sequence, against the fp32 reference on the same codes."""
+    """Relative RMS error of the first sequence's output, against the fp32 reference on the same codes."""
     query, key, value, history, recent, sinks, *rest = arguments
     copies = [[t[:1].clone() for t in group] for group in (history, recent, sinks)]
     expected = reference.decode(query[:1].float(), key[:1], value[:1], *copies, *rest)

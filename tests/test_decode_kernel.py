@@ -18,6 +18,7 @@ CASES = {
     "grouped": {},
     "one query head": {"query_heads": 2},
     "sixteen query heads": {"query_heads": 32},
+    "six sequences": {"batch": 6, "length": 130, "capacity": 144},
     "dim 64, heads share a group": {"dim": 64, "query_heads": 8},
     "dim 96": {"dim": 96, "heads": 4, "query_heads": 8},
     "dim 256": {"dim": 256, "query_heads": 4},
@@ -101,7 +102,7 @@ def build(
         chosen[0, -1] = -1
         at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
         store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
-    shift = torch.tensor([7, -3])[:batch, None]
+    shift = (7 - 10 * torch.arange(batch))[:, None]
     if length:
         reference.extend(
             keys[:, :, :length], values[:, :, :length], history, recent, store, key_map,
@@ -153,3 +154,95 @@ def test_decode_matches_the_reference(name):
     for now, wanted in zip(actual_arguments[3], expected_arguments[3], strict=True):
         same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
         assert same.float().mean() > 0.999
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("new", [1, 40, 90])
+@pytest.mark.parametrize("dim, window", [(128, 64), (64, 64), (128, 0)])
+def test_extend_matches_the_reference(new, dim, window):
+    from rotatekv_fx.kernels.quantize import triton as kernels
+
+    arguments = build(dim=dim, window=window, length=100, capacity=208)
+    _, key, value, history, recent, sinks, key_map, position, _, _, number, _, *codec = arguments
+    g = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(*x.shape[:2], new, x.shape[3], generator=g).to(x.dtype) for x in (key, value))
+    rest = [history, recent, sinks, key_map, position + new - 1, None, number, *codec[:8], False]
+    expected, actual = copied([key, value, *rest]), copied([key, value, *rest], DEVICE)
+    reference.extend(*expected)
+    kernels.extend(*actual)
+    for now, wanted in zip(actual[3], expected[3], strict=True):
+        torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+    for now, wanted in zip(actual[2], expected[2], strict=True):
+        same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
+        assert same.float().mean() > 0.999
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_cache_past_two_gigabytes():
+    from rotatekv_fx.kernels.attention import triton as kernels
+
+    small = copied(build(batch=1, heads=8, query_heads=8, capacity=320), DEVICE)
+    query, key, value, history, recent, sinks, key_map, position, *rest = small
+    sequences, capacity = 65, 131072
+
+    def many(x):
+        return x.expand(sequences, *x.shape[1:]).contiguous()
+
+    large_history = []
+    for part in history:
+        large = torch.zeros(
+            sequences, part.shape[1], capacity, *part.shape[3:], dtype=part.dtype, device=DEVICE
+        )
+        large[-1, :, : part.shape[2]] = part[0]
+        large_history.append(large)
+    assert large_history[0].nbytes > 2**31
+    large = [
+        *map(many, (query, key, value)), large_history, [*map(many, recent)], [*map(many, sinks)], key_map,
+        position, *rest,
+    ]  # fmt: skip
+    expected = kernels.decode(*small)
+    assert relative(kernels.decode(*large)[-1:], expected.cpu()) < 3e-3
+    for now, wanted in zip(large_history, history, strict=True):
+        assert (now[-1, :, : wanted.shape[2]] == wanted[0]).float().mean() > 0.7  # NaN where nothing is held
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_lengths_share_compiled_kernels():
+    from rotatekv_fx.kernels.attention import triton as kernels
+    from rotatekv_fx.kernels.quantize import triton as quantize_kernels
+
+    def compiled():
+        every = (kernels.decode_kernel, kernels.combine_kernel, quantize_kernels.step_kernel)
+        return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in every]
+
+    counts = []
+    for length in (100, 16, 129, 257, 300):
+        kernels.decode(*copied(build(length=length, sinks=6), DEVICE))
+        counts.append(compiled())
+    assert min(counts[0]) > 0
+    assert all(count == counts[0] for count in counts)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_graph_replays_what_eager_computes():
+    from rotatekv_fx.kernels.attention import triton as kernels
+
+    arguments = copied(build(counted=True), DEVICE)
+    eager, captured = copied(arguments, DEVICE), copied(arguments, DEVICE)
+    expected = kernels.decode(*eager)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = kernels.decode(*captured)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
+    for now, wanted in zip(captured[3] + captured[4], eager[3] + eager[4], strict=True):
+        torch.testing.assert_close(now, wanted, rtol=0, atol=0, equal_nan=True)

@@ -114,9 +114,6 @@ class AttentionRuntime(nn.Module):
         layer, stored = self.layer(cache), self.positions.encode(positions)
         if self.key_map and layer.decodes(query, mask):
             return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
-        plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
-        if self.key_map and plain and query.is_cuda and layer.prefills(query, mask):
-            return layer.prefill(query, key, value, stored, residual, self.key_map, scale)
         step = layer.step(key, value, stored, residual, mask, self)
         return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
 

@@ -33,6 +33,19 @@ def row_block(rows: int, few: int) -> int:
     return 16 if rows < 1024 else 64
 
 
+def step_warps(rows: int) -> int:
+    """Warps of a program of `step_kernel` that has so many rows."""
+    return 8 if rows == 1 else 16
+
+
+def combine_block(parts: int, channels: int) -> tuple[int, int, int]:
+    """Parts and channels that a program of `combine_kernel` reads at a time, and its warps."""
+    block = min(256, 1 << max(0, parts - 1).bit_length())
+    if block <= 16:
+        return block, 1 << max(0, channels - 1).bit_length(), 2
+    return block, min(32, 1 << max(0, channels - 1).bit_length()), 8 if block > 64 else 4
+
+
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may start before the one it depends on has ended (programmatic dependent launch)."""
@@ -44,7 +57,7 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def decode_choice(
-    device: torch.device, units: int, capacity: int, rows: int, exact_tiles: int
+    device: torch.device, units: int, capacity: int, rows: int, channels: int, exact_tiles: int
 ) -> DecodeChoice:
     """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
 
@@ -52,11 +65,16 @@ def decode_choice(
         units: sequences times units of heads.
         capacity: slots of a sequence's history.
         rows: query rows of a unit.
+        channels: of a unit's keys or values, the larger.
         exact_tiles: programs of a unit beside those of the history.
     """
     processors = _multiprocessors(device)
-    tile = 64 if rows <= 8 and units * capacity >= 64 * 8 * processors else 32
-    wave = processors * (8 if tile == 64 else 12)  # what registers let run at once
+    wave = processors * 8  # programs that run at once, by their registers
+    tile = 64 if rows <= 8 and channels <= 128 and units * capacity >= 64 * wave else 32
+    if tile == 32:
+        wave = processors * 12
     exact = units * exact_tiles
-    splits = (wave - exact if 4 * exact < wave else wave) // units
-    return DecodeChoice(tile, 2, max(1, min(splits, -(-capacity // tile))))
+    splits = (wave - exact if 16 * exact < wave else wave) // units  # or history waits for exact tiles
+    tiles = max(1, -(-capacity // tile))
+    each = -(-tiles // max(1, splits))
+    return DecodeChoice(tile, 2, -(-tiles // each))

@@ -9,6 +9,13 @@ Codes are never converted. Words of 16 bits are masked, and what is left is read
 code * 2^(bit - 24), which tensor cores multiply exactly; 2^-bit goes to the query's channel and to the
 output's, 2^24 to the scales.
 
+A token's value scale is part of its weight, as its logarithm in the score: fp16 then holds the weights of any
+scale, and the sums of weights and offsets divide it out again. Scales are read a tile ahead of their use.
+
+Three launches make a step: `step_kernel` (rotate the query, quantize what leaves the window, store the new
+token), `decode_kernel` (parts of the sums over tokens) and `combine_kernel`. On Hopper the later two start
+early and wait where they need the results of the one before.
+
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
 of the unit, and the rows' own head picks its share of the values at the end.
@@ -291,10 +298,6 @@ def _history(
 
     for n0 in tl.range(start, stop, N, num_stages=STAGES):
         data = coming
-        coming = _token_data(
-            n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-            mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
-        )  # fmt: skip
         held = n0 + tokens < stop
         origin = tl.cast(n0, tl.int64)
         slot = tokens
@@ -347,6 +350,10 @@ def _history(
         weights = tl.exp2(scores - (new_highest - _WEIGHT_BITS)[None, :])
         highest = new_highest
         total = total * fade + _by_residue(weights * lowered[:, None], N, M)
+        coming = _token_data(
+            n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
+            mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
+        )  # fmt: skip
         new_accumulators = ()
         new_offsets = ()
         for g in tl.static_range(VG):
@@ -561,12 +568,13 @@ def combine_kernel(
     for p0 in range(0, parts, BLOCK):
         at = first + (p0 + block) * rows
         inside = p0 + block < parts
-        highest = tl.load(weight_ptr + at * 2, mask=inside, other=_HIDDEN)
-        part_total = tl.load(weight_ptr + at * 2 + 1, mask=inside, other=0.0)
         values = tl.load(
             part_ptr + at[:, None] * DV + channel[None, :],
             mask=inside[:, None] & (channel < DV)[None, :], other=0.0,
         )  # fmt: skip
+        tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+        highest = tl.load(weight_ptr + at * 2, mask=inside, other=_HIDDEN)
+        part_total = tl.load(weight_ptr + at * 2 + 1, mask=inside, other=0.0)
         new_top = tl.maximum(top, tl.max(highest, 0))
         weight = tl.exp2(highest - new_top)
         fade = tl.exp2(top - new_top)
@@ -629,7 +637,10 @@ def decode(
     sink_count = sinks[2].shape[1] if sinks else 0
     exact_tile = 32 if unit_heads == 1 and dim <= 128 else 16
     exact_tiles = triton.cdiv(sink_count, exact_tile) + triton.cdiv(window, exact_tile)
-    choice = tuning.decode_choice(query.device, batch * layout.units, history[0].shape[2], rows, exact_tiles)
+    channels = max(layout.key_groups * key_group, layout.value_groups * value_group)
+    choice = tuning.decode_choice(
+        query.device, batch * layout.units, history[0].shape[2], rows, channels, exact_tiles
+    )
     count_parts = choice.splits + exact_tiles
     parts = query.new_empty((batch * layout.units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * layout.units, count_parts, rows, 2), dtype=torch.float32)
@@ -660,12 +671,11 @@ def decode(
         MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
         DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
-    columns = min(32, _power_of_two(value_dim))
+    block, columns, warps = tuning.combine_block(count_parts, value_dim)
     combine_kernel[(batch * query_heads, triton.cdiv(value_dim, columns))](
         parts, weights, weights if sink_logits is None else sink_logits, out, count_parts, rows,
         DV=value_dim, HAS_LOGITS=0 if sink_logits is None else query_heads,
-        BLOCK=min(256, _power_of_two(count_parts)), COLUMNS=columns, DEPENDENT=dependent,
-        num_warps=8 if count_parts > 64 else 4, **launch,
+        BLOCK=block, COLUMNS=columns, DEPENDENT=dependent, num_warps=warps, **launch,
     )  # fmt: skip
     return out
 

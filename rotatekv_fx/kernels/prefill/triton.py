@@ -108,7 +108,7 @@ def band_kernel(
 ):  # fmt: skip
     """Grid (tiles of ROWS queries, B * Hq): the window's exact tokens, and up to two parts already attended.
 
-    key, value [B, Hkv, held, D]: the window before the first new token, as far as it goes, and the new tokens.
+    key, value [B, Hkv, held, D]: the window before the first new token, if there is one, and the new tokens.
     far, near [B, Hq, tokens - skip, DV] with natural log-sum-exps: parts that queries from `skip` on have.
     """
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)

@@ -113,7 +113,7 @@ def _quantize_group(
     U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
-    WRAPS: tl.constexpr, MARK: tl.constexpr,
+    WRAPS: tl.constexpr, MARK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Rows of one quantization group: gather, transform, quantize, pack, store."""
     PBITS: tl.constexpr = 2 if BITS == 3 else BITS
@@ -154,6 +154,10 @@ def _quantize_group(
             )  # fmt: skip
             if ROWS == 1:
                 tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+            if PAIRS > 0 and u == 0:
+                newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+                place = newest + (row % tokens + 1 - tokens - WINDOW)
+                angles = tl.load(angle_ptr + pair)
             head = batch * (units * U) + unit * U + u
             inner = inside[:, None] & (source < D)[None, :]
             x = tl.load(
@@ -168,14 +172,11 @@ def _quantize_group(
                 x = tl.where(is_new[:, None], x, x_held)
             else:
                 x = x.to(tl.float32) + x_held.to(tl.float32)
+            if PAIRS > 0 and u == 0:
+                cos, sin = cos_sin(place.to(tl.float64)[:, None] * angles[None, :])
+                y = _product(-cos, by_cos, y, ROWS)
+                y = _product(-sin, by_sin, y, ROWS)
             y = _product(x, matrix, y, ROWS)
-        if PAIRS > 0:
-            newest_position = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
-            angles = tl.load(angle_ptr + pair)
-            place = newest_position.to(tl.float64) + (number - (start + new_tokens - 1)).to(tl.float64)
-            cos, sin = cos_sin(place[:, None] * angles[None, :])
-            y = _product(-cos, by_cos, y, ROWS)
-            y = _product(-sin, by_sin, y, ROWS)
     else:
         flat = group * GROUP + channel
         head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
@@ -317,7 +318,7 @@ def step_kernel(
             first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
             new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
-            MIDPOINT, TRANSFORM, WRAPS, True,
+            MIDPOINT, TRANSFORM, WRAPS, True, WINDOW,
         )  # fmt: skip
     elif program < key_programs + value_programs:
         index = program - key_programs
@@ -326,7 +327,7 @@ def step_kernel(
             first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
             units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
-            MIDPOINT, False, WRAPS, False,
+            MIDPOINT, False, WRAPS, False, WINDOW,
         )  # fmt: skip
     elif program < key_programs + value_programs + query_programs:
         parts: tl.constexpr = (QWIDTH + COLUMNS - 1) // COLUMNS
@@ -466,7 +467,7 @@ def launch_step(
             SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
             MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
             ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
-            num_warps=16 if rows == 1 else 8,
+            num_warps=tuning.step_warps(rows),
         )  # fmt: skip
 
     ring_programs = batch * heads if recent else 0
