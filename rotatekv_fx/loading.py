@@ -46,7 +46,7 @@ class TransformAgain(HfQuantizer):
             CalibrationError: the weights are not those that were saved, or the calibration cannot be read.
         """
         entry = self.quantization_config
-        self.remove_quantization_config(model)
+        _forget_quantization(model)
         found = model_fingerprint(model)
         if found != entry.fingerprint:
             raise CalibrationError(
@@ -58,13 +58,24 @@ class TransformAgain(HfQuantizer):
         calibration = None if entry.calibration is None else _calibration(model, entry.calibration)
         return transform(model, settings, calibration)
 
-    def is_serializable(self) -> bool:
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Never asked: the loaded model holds no quantizer."""
         return False
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _forget_quantization(model: Any) -> None:
+    """To transformers the model is an ordinary one from here on."""
+    vars(model).pop("hf_quantizer", None)
+    vars(model).pop("quantization_method", None)
+    vars(model.config).pop("quantization_config", None)
+    model.is_quantized = False
 
 
 def _calibration(model: Any, file: str) -> Calibration:
