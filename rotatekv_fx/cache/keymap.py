@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.cache.positions import PositionPlan
-from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape
+from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer
 from rotatekv_fx.rope import Rope
 
 NAMES = ("key_map_matrix", "key_map_mean", "key_map_rotation", "key_map_angles", "key_map_table")
 TABLE_TOKENS = 64  # the longest tile of the kernels
 _LEAST_PAIRS = 16  # a tensor-core step
+_LEAST_DIM = 16  # the same, of a head's channels
+_MOST_ROWS = 32  # query rows of a unit of heads
 _LIMITS = (1 << 17, 1 << 12, 1 << 9)  # positions asked for; a table may hold fewer
 # Of a cosine: bfloat16 rounds it to 0.004, and fp32 the angles of distant tokens to 0.008, here and in the
 # estimate.
@@ -42,7 +44,8 @@ def key_map(
         device: of the model.
 
     Returns:
-        Nothing where the positions are no ids, or RoPE does not turn pairs by fixed angles.
+        Nothing where the positions are no ids, RoPE does not turn pairs by fixed angles, or the heads and
+        groups are of sizes that the kernels do not take.
     """
     dim, heads = shape.head_dim, shape.kv_heads
     if plan.key_quantizer is None or plan.value_quantizer is None:
@@ -60,7 +63,9 @@ def key_map(
         plan.key_quantizer.group // math.gcd(plan.key_quantizer.group, dim),
         plan.value_quantizer.group // math.gcd(plan.value_quantizer.group, shape.value_dim),
     )
-    if heads % unit:
+    quantizers = (plan.key_quantizer, plan.value_quantizer)
+    rows = unit * shape.query_heads // heads
+    if heads % unit or rows > _MOST_ROWS or dim < _LEAST_DIM or not all(map(_in_words, quantizers)):
         return {}
     matrix, inverse = (_of_units(m, heads * dim // block, unit * dim // block) for m in
                        (transform.matrix, transform.inverse))  # fmt: skip
@@ -92,6 +97,12 @@ def key_map(
         torch.cat([steps.cos(), steps.sin()], 1).half(),
     )
     return dict(zip(NAMES, tensors, strict=True))
+
+
+def _in_words(quantizer: Quantizer) -> bool:
+    """Whether kernels can read a group's codes as 16-bit words."""
+    group = quantizer.group
+    return group % 16 == 0 and (quantizer.bits != 3 or group & (group - 1) == 0)
 
 
 def _of_units(blocks: Tensor, count: int, per_unit: int) -> Tensor:
