@@ -1,5 +1,6 @@
 """rotatekv_fx: a packed 2-bit KV cache for Hugging Face decoders, inserted by graph passes."""
 
+from rotatekv_fx import loading as _loading  # noqa: F401 (from_pretrained of transformed models)
 from rotatekv_fx import recipes
 from rotatekv_fx.api import calibrate, inspect_model, report, restore, transform
 from rotatekv_fx.cache import cache_nbytes

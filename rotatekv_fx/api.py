@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from rotatekv_fx import ops, recipes
-from rotatekv_fx.binding import Binding, Original, bind, unbind
+from rotatekv_fx import ops, recipes, saving
+from rotatekv_fx.binding import SUPPORTED_ATTENTION, Binding, Original, bind, unbind
 from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, key_map, plan_positions
 from rotatekv_fx.cache.codec import Codec
-from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype
+from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype, model_fingerprint
 from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
@@ -29,7 +31,6 @@ from rotatekv_fx.sites import AttentionSite, Rejection, find_sites
 
 logger = logging.getLogger(__name__)
 _STATE = "rotatekv_state"
-_SUPPORTED_ATTENTION = ("sdpa", "eager")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ class _State:
 
     report: Report
     originals: tuple[Original, ...]
+    recipe: saving.Recipe
 
 
 def transform(
@@ -85,11 +87,15 @@ def transform(
         binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
         bindings.append(binding)
         reports.append(site_report)
+    fingerprint = calibration.fingerprint if calibration is not None else model_fingerprint(model)
     originals = _bind_all(model, bindings, config.keep_originals)
     kept = sum(t.nbytes for o in originals for t in (o.parameters or {}).values())
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
     found = Report(type(model).__name__, tuple(reports), tuple(matched.rejections), settings, kept)
-    setattr(model, _STATE, _State(found, tuple(originals)))
+    recipe_used = saving.Recipe(config, calibration if recipe.needs_calibration else None, fingerprint)
+    setattr(model, _STATE, _State(found, tuple(originals), recipe_used))
+    for name, method in _METHODS.items():
+        setattr(model, name, types.MethodType(method, model))
     logger.info("Transformed %d attention modules of %s.", len(reports), type(model).__name__)
     return model
 
@@ -106,7 +112,36 @@ def restore(model: nn.Module) -> nn.Module:
     for original in state.originals:
         unbind(model, original)
     delattr(model, _STATE)
+    for name in _METHODS:
+        vars(model).pop(name, None)
     return model
+
+
+def _save_pretrained(self: nn.Module, save_directory: str | Path, **options: Any) -> None:
+    """A transformed model's `save_pretrained`: original weights, and how to transform them again."""
+    state = _state(self)
+    saving.save(self, state.recipe, state.originals, save_directory, **options)
+
+
+def _refuse_batching(self: nn.Module, *args: Any, **options: Any) -> None:
+    """Continuous batching of a transformed model.
+
+    Raises:
+        StateError: always.
+    """
+    raise StateError(
+        "continuous batching keeps keys and values in a paged 16-bit cache of its own, which packed layers "
+        "cannot replace; call model.generate with a batch, or rotatekv_fx.restore(model) first."
+    )
+
+
+# What a transformed model does in another way than its class.
+_METHODS = {
+    "save_pretrained": _save_pretrained,
+    "generate_batch": _refuse_batching,
+    "init_continuous_batching": _refuse_batching,
+    "continuous_batching_context_manager": _refuse_batching,
+}
 
 
 def calibrate(
@@ -187,8 +222,14 @@ def _check_model(model: nn.Module) -> None:
         raise StateError("the model is transformed already; call rotatekv_fx.restore(model) first.")
     if model.training:
         raise StateError("the model is in training mode; call model.eval() first.")
+    away = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if away:
+        raise StateError(
+            f"{len(away)} weights are not in memory, {away[0]} among them; load the model without offloading "
+            "to the CPU or a disk (device_map over GPUs is fine)."
+        )
     implementation = getattr(model.config, "_attn_implementation", "sdpa")
-    if implementation not in _SUPPORTED_ATTENTION:
+    if implementation not in SUPPORTED_ATTENTION:
         raise ConfigError(
             f"attention implementation {implementation!r} makes masks that packed layers cannot read; call "
             "model.set_attn_implementation('sdpa') first."
@@ -249,7 +290,10 @@ def _fitting(matched: _Matched, config: RotateKVConfig, calibration: Calibration
         _check_statistics(site, calibration)
         error = float(calibration.layers[site.layer_index].rope_error) if calibration is not None else 0.0
         other = site.inline_input()
-        if other is not None and recipes.window_of(recipe, config):
+        if other is not None and site.capture.sliding:
+            reason = f"its inline attention reads {other.name}, which has no columns for a sliding window"
+            rejections.append(Rejection(site.name, site.layer_index, reason, other.name))
+        elif other is not None and recipes.window_of(recipe, config):
             reason = (
                 f"its inline attention reads {other.name}, which has no columns for a recent window; "
                 "use window=0"
@@ -320,13 +364,24 @@ def _rewrite(
         positions,
         {name: tensor.to(device) for name, tensor in buffers.items()},
         rope,
+        config.debug,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
     lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite, runtime))}
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     reads_mask = site.attention is None and site.mask is not None
     mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
-    return Binding(site.capture, rewrite.graph, runtime, parameters, mask), site_report
+    return Binding(
+        site.capture, rewrite.graph, runtime, parameters, mask, _mark(config, statistics)
+    ), site_report
+
+
+def _mark(config: RotateKVConfig, statistics: LayerStatistics | None) -> int:
+    """Number of a way to fold a layer's weights: of the settings and of the statistics they are based on."""
+    digest = hashlib.sha256(config.fingerprint().encode())
+    for field in dataclasses.fields(statistics) if statistics is not None else ():
+        digest.update(getattr(statistics, field.name).contiguous().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7])
 
 
 def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime) -> set[str]:

@@ -13,6 +13,27 @@ from rotatekv_fx.cache import AttentionRuntime
 from rotatekv_fx.capture import RUNTIME_NAME, Capture, CapturedInput, lookup
 from rotatekv_fx.errors import StateError
 
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+MARK = "merged.mark"  # name below the runtime of what marks rotated weights in a state_dict
+
+
+class Mark(nn.Module):
+    """Puts a number in the state_dict beside weights that a rotation was merged into.
+
+    An untransformed model refuses such a state_dict (an unexpected key), a transformed one refuses weights
+    without the mark (a missing key) or with another's.
+    """
+
+    def __init__(self, number: int, device: torch.device):
+        super().__init__()
+        self.register_buffer("mark", torch.tensor(number, dtype=torch.int64, device=device))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        found = state_dict.get(f"{prefix}mark")
+        if found is not None and int(found) != int(self.mark):
+            args[-1].append(f"{prefix}mark: weights of a model that was transformed in another way")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
@@ -22,6 +43,7 @@ class Binding:
         graph: its placeholders are runtime, cache, the captured inputs, and the residual where sinks are
             kept.
         parameters: folded parameters by name, in the model's dtype.
+        mark: tells one way of folding from another.
     """
 
     capture: Capture
@@ -29,6 +51,7 @@ class Binding:
     runtime: AttentionRuntime
     parameters: dict[str, Tensor]
     inline_mask: CapturedInput | None  # the mask that inline attention reads
+    mark: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +80,8 @@ def bind(model: nn.Module, binding: Binding, keep_originals: bool) -> Original:
     )
     try:
         module.add_module(RUNTIME_NAME, binding.runtime)
+        for tensor in replaced.values():
+            binding.runtime.add_module("merged", Mark(binding.mark, tensor.device))
         function = type(fx.GraphModule(module, binding.graph)).forward
         for name, tensor in binding.parameters.items():
             _set_parameter(module, name, tensor, replaced[name].requires_grad)
@@ -122,11 +147,18 @@ def check_call(module: nn.Module, hidden: Tensor, dtype: torch.dtype) -> None:
     """Refuse a call that the captured graph does not cover.
 
     Raises:
-        StateError: the module is in training mode, or its dtype has changed since transform().
+        StateError: the module is in training mode, or its dtype or the attention implementation has changed
+            since transform().
     """
     if module.training:
         raise StateError(
             "a transformed model is for inference; call model.eval(), or restore(model) to train."
+        )
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation not in SUPPORTED_ATTENTION:
+        raise StateError(
+            f"attention implementation {implementation!r} makes masks that packed layers cannot read; call "
+            "model.set_attn_implementation('sdpa')."
         )
     if hidden.dtype is not dtype:
         raise StateError(

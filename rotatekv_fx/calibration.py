@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.opaque import numbers
 
-FORMAT = "rotatekv-calibration-1"
+FORMAT = "rotatekv-calibration-2"
 _SAMPLES = 512  # values of each parameter that the fingerprint reads
-_NOT_THE_MODEL = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation")
+# Entries of a config that differ between a model that was just made, saved or loaded.
+_NOT_THE_MODEL = (
+    *("dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation"),
+    *("architectures", "quantization_config"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Calibration:
             for field in dataclasses.fields(layer)
         }
         header = {"format": FORMAT, "fingerprint": self.fingerprint, "source": self.source}
+        header["digest"] = _digest(tensors, header)
         try:
             save_file(tensors, str(path), metadata={"rotatekv": json.dumps(header)})
         except (OSError, SafetensorError) as error:
@@ -113,6 +120,10 @@ class Calibration:
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise CalibrationError(
                 f"{path} is no calibration file of this version ({FORMAT}); write it again."
+            )
+        if header.pop("digest", None) != _digest(tensors, header):
+            raise CalibrationError(
+                f"calibration file {path} was changed after it was written; write it again."
             )
         fields = {f.name for f in dataclasses.fields(LayerStatistics)}
         grouped: dict[int, dict[str, Tensor]] = {}
@@ -145,6 +156,15 @@ class Calibration:
             )
 
 
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Hash of a calibration file's tensors and of the rest of its header."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 # Exact tokens of an fp32 model go to fp16 if this many times the calibrated norm still fits.
 _FP16_MARGIN = 4.0
 
@@ -168,6 +188,6 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _sample(parameter: Tensor) -> Any:
-    flat = parameter.detach().reshape(-1)
+    flat = numbers(parameter).reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)
     return flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

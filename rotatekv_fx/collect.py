@@ -17,6 +17,7 @@ from transformers.utils.logging import tqdm
 from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
 from rotatekv_fx.capture import lookup
 from rotatekv_fx.errors import CalibrationError
+from rotatekv_fx.opaque import dense
 from rotatekv_fx.rope import Rope, attributes
 from rotatekv_fx.sites import AttentionSite
 
@@ -127,14 +128,26 @@ def _moment(x: Tensor, y: Tensor) -> Tensor:
 
 def _value_weight(site: AttentionSite, heads: int, dim: int) -> Tensor:
     """Sum of Wo^T Wo over the query heads of each KV head."""
-    projection = site.output_projection
-    if projection is None:
+    found = _output_weight(site)
+    if found is None:
         return torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
-    weight = site.capture.module.get_parameter(projection.weight).detach()[
-        :, projection.features.to(site.device)
-    ]
+    weight, features = found
+    weight = weight[:, features.to(weight.device)]
     weight = weight.double().unflatten(1, (heads, -1))  # [out, Hkv, r, Dv]
     return torch.einsum("ohrd,ohre->hde", weight, weight).cpu()
+
+
+def _output_weight(site: AttentionSite) -> tuple[Tensor, Tensor] | None:
+    """The weight [out, in] of the output projection, if it can be read, and which of its inputs each channel
+    [Hq, Dv] is.
+    """
+    if (projection := site.output_projection) is not None:
+        return site.capture.module.get_parameter(projection.weight).detach(), projection.features
+    if (output := site.opaque_output) is None:
+        return None
+    weight = dense(getattr(site.capture.module.get_submodule(output.module), "weight", None))
+    fits = weight is not None and weight.dim() == 2 and weight.shape[1] == output.features.numel()
+    return (weight, output.features) if fits else None
 
 
 def collect(
@@ -154,7 +167,8 @@ def collect(
         progress: called as progress(done, total) after each window, total 0 where unknown; None shows a bar.
 
     Raises:
-        CalibrationError: there are no windows, or a window is no row of token ids.
+        CalibrationError: there are no windows, a window is no row of token ids, or they hold fewer different
+            tokens than a head has channels, which would leave directions of keys and values unseen.
     """
     source = "given token ids"
     if data is None:
@@ -164,17 +178,25 @@ def collect(
         data, source = generate_windows(model, seed, progress), f"self-generated, seed {seed}"
     total = len(data) if hasattr(data, "__len__") else 0
     sums = {site.layer_index: _Sums(site) for site in sites}
-    windows = 0
+    windows, seen = 0, set()
     takes = inspect.signature(model.forward).parameters
     last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
         for window in data:
-            model(input_ids=_row(model, window), use_cache=False, **last_logits_only)
+            row = _row(model, window)
+            model(input_ids=row, use_cache=False, **last_logits_only)
             windows += 1
+            seen.update(row.unique().tolist())
             advance(windows, total)
     if not windows:
         raise CalibrationError("calibration data holds no windows; give at least one row of token ids.")
     layers = {index: s.finish() for index, s in sums.items()}
+    channels = max(site.head_dim for site in sites)
+    if len(seen) < channels:
+        raise CalibrationError(
+            f"calibration data holds {len(seen)} different tokens, fewer than the {channels} channels of a "
+            "head; give a more varied text."
+        )
     bad = [
         i
         for i, s in layers.items()

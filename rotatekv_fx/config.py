@@ -14,7 +14,7 @@ SUPPORTED_BITS = (2, 3, 4, 8)
 MAX_GROUP_SIZE = 128
 
 # Settings that change what is reported or kept, never a number that the model computes.
-_NOT_NUMERIC = frozenset({"allow_partial", "keep_originals", "dump_dir"})
+_NOT_NUMERIC = frozenset({"allow_partial", "keep_originals", "dump_dir", "debug"})
 # Name -> least value, and whether None stands for the recipe's own.
 _WHOLE_NUMBERS = {
     "group_size": (1, True),
@@ -51,6 +51,7 @@ class RotateKVConfig:
         allow_partial: transform the layers that match although others were rejected.
         keep_originals: keep the folded weights' originals on the CPU, so that `restore` works.
         dump_dir: folder that receives each layer's graph before and after each pass.
+        debug: check every stored key and value for NaN and infinity, and name the first (slow).
 
     Raises:
         ConfigError: a value is out of range; the message names it.
@@ -72,6 +73,7 @@ class RotateKVConfig:
     allow_partial: bool = False
     keep_originals: bool = True
     dump_dir: str | Path | None = None
+    debug: bool = False
 
     def __post_init__(self) -> None:
         for name in ("key_bits", "value_bits"):

@@ -96,11 +96,13 @@ class Rope(nn.Module):
 
 
 def attributes(site: AttentionSite, graph: fx.Graph) -> dict[str, Any]:
-    """What the `get_attr` nodes of a site's graph name, before the module is rewritten."""
+    """Tensors and modules that the `get_attr` nodes of a graph name, before the module is rewritten."""
     constants = {f"rotatekv.{name}": tensor for name, tensor in site.capture.constants.items()}
     own = {
+        **dict(site.capture.module.named_modules()),
         **dict(site.capture.module.named_parameters()),
         **dict(site.capture.module.named_buffers()),
         **constants,
     }
-    return {str(n.target): own[str(n.target)].detach() for n in graph.nodes if n.op == "get_attr"}
+    found = {str(n.target): own[str(n.target)] for n in graph.nodes if n.op == "get_attr"}
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in found.items()}

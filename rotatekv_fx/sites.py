@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from rotatekv_fx.capture import Capture, CapturedInput, CaptureFailure
+from rotatekv_fx.opaque import call_submodule
 
 aten = torch.ops.aten
 KV_UPDATE = torch.ops.rotatekv_capture.kv_update.default
@@ -53,6 +54,14 @@ class Projection:
     features: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class OpaqueOutput:
+    """An output projection that is called as it is: its name, and `features` as in `Projection`."""
+
+    module: str
+    features: Tensor
+
+
 @dataclasses.dataclass
 class AttentionSite:
     """One attention module's graph with the places that the passes work on.
@@ -80,6 +89,7 @@ class AttentionSite:
     key_projection: Projection | None
     value_projection: Projection | None
     output_projection: Projection | None
+    opaque_output: OpaqueOutput | None = None
 
     @property
     def name(self) -> str:
@@ -104,7 +114,9 @@ class AttentionSite:
         return self.hidden_example.device
 
     def inline_input(self) -> fx.Node | None:
-        """An input besides the mask that enters inline scores with the cached keys (an ALiBi bias, say)."""
+        """What enters inline scores with the cached keys besides queries, the mask and numbers: an ALiBi
+        bias, say, or a table that is cut to the number of keys. Its columns are tokens in order.
+        """
         if self.attention is not None:
             return None
         depends = _dependencies(self.graph)
@@ -112,8 +124,13 @@ class AttentionSite:
             if "softmax" not in str(node.target) and "scaled_dot_product" not in str(node.target):
                 continue
             mixed = [n for n in depends[node] if self.cache_write in depends[n]] + [node]
-            inputs = (i for n in mixed for i in n.all_input_nodes if i.op == "placeholder")
-            return next((i for i in inputs if i is not self.mask), None)
+            for beside in (i for n in mixed for i in n.all_input_nodes if i not in mixed and _is_tensor(i)):
+                sources = depends[beside] | {beside}
+                if self.hidden in sources or self.cache_write in sources:
+                    continue
+                for source in sources - {self.mask}:
+                    if not _tensor_inputs(source) and source.meta["val"].dim():
+                        return source
         return None
 
     def rope_operations(self) -> list[str]:
@@ -158,7 +175,10 @@ def _find_site(capture: Capture) -> AttentionSite:
     hidden_like = [n for n in carried if n.meta["val"].is_floating_point()]
     if len(hidden_like) != 1 or len(carried) != 1:
         names = ", ".join(n.name for n in carried) or "nothing"
-        raise _Reject(f"the value depends on {names}; expected hidden states alone", value)
+        raise _Reject(
+            f"the value depends on {names}; expected hidden states alone (a latent that keys share?)",
+            value,
+        )
     hidden = hidden_like[0]
     positional = [
         i
@@ -180,6 +200,7 @@ def _find_site(capture: Capture) -> AttentionSite:
         int(attention.args[0].meta["val"].shape[1]) if attention is not None else capture.key_shape[1]
     )
     kv_heads, head_dim, value_dim = capture.key_shape[1], capture.key_shape[3], capture.value_shape[3]
+    output, opaque_output = _output_projection(capture, attention, query_heads, value_dim)
     return AttentionSite(
         capture=capture,
         hidden=hidden,
@@ -197,7 +218,8 @@ def _find_site(capture: Capture) -> AttentionSite:
         value_dim=value_dim,
         key_projection=_input_projection(capture, key_pre, transposed, kv_heads, head_dim),
         value_projection=_input_projection(capture, value, False, kv_heads, value_dim),
-        output_projection=_output_projection(capture, attention, query_heads, value_dim),
+        output_projection=output,
+        opaque_output=opaque_output,
     )
 
 
@@ -489,32 +511,36 @@ def _layout_ends(source: fx.Node, target: fx.Node) -> list[fx.Node]:
 
 def _output_projection(
     capture: Capture, attention: fx.Node | None, query_heads: int, dim: int
-) -> Projection | None:
-    """The linear layer that the attention's output reaches through layout operations only."""
+) -> tuple[Projection | None, OpaqueOutput | None]:
+    """The linear layer, traced or called, that the attention's output reaches through layout operations."""
     if attention is None:
-        return None
+        return None, None
     chain: list[fx.Node] = []
     node = attention
     while True:
         if len(node.users) != 1:
-            return None
+            return None, None
         node = next(iter(node.users))
-        if node.target is aten.linear.default and chain_input(node) is (chain[-1] if chain else attention):
+        last = chain[-1] if chain else attention
+        if node.target is call_submodule or (
+            node.target is aten.linear.default and chain_input(node) is last
+        ):
             break
         if node.target not in LAYOUT_OPERATIONS:
-            return None
+            return None, None
         chain.append(node)
-    names = _plain_linear(node)
-    if names is None:
-        return None
     indices = torch.arange(query_heads * dim).view(*_TOKENS, query_heads, dim)
     placed = _send_indices(chain, attention, indices, capture.constants)
     if placed is None or placed.numel() != query_heads * dim:
-        return None
+        return None, None
     # placed[f] is the channel that input feature f holds; features[h, d] is the inverse
     features = torch.empty(query_heads * dim, dtype=torch.int64)
     features[placed.reshape(-1)] = torch.arange(query_heads * dim)
-    return Projection(node, *names, features.view(query_heads, dim))
+    features = features.view(query_heads, dim)
+    if node.target is call_submodule:
+        return None, OpaqueOutput(str(node.args[0].target), features)
+    names = _plain_linear(node)
+    return (None if names is None else Projection(node, *names, features)), None
 
 
 def chain_input(node: fx.Node) -> fx.Node:

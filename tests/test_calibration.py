@@ -125,10 +125,10 @@ def test_other_text_gives_other_statistics(calibration):
 
 def test_progress_is_reported():
     steps = []
-    collected(zoo.windows(2, 8), progress=lambda *step: steps.append(step))
+    collected(zoo.windows(2, 40), progress=lambda *step: steps.append(step))
     assert steps == [(1, 2), (2, 2)]
     steps.clear()
-    collected(iter(zoo.windows(2, 8)), progress=lambda *step: steps.append(step))
+    collected(iter(zoo.windows(2, 40)), progress=lambda *step: steps.append(step))
     assert steps == [(1, 0), (2, 0)]
 
 

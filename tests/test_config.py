@@ -150,7 +150,7 @@ NUMERIC = {
     "layers": {1: {"key_bits": 4}},
     "seed": 1,
 }
-REST = {"allow_partial": True, "keep_originals": False, "dump_dir": "folder"}
+REST = {"allow_partial": True, "keep_originals": False, "dump_dir": "folder", "debug": True}
 
 
 def test_every_setting_is_on_one_of_the_two_lists():

@@ -20,7 +20,6 @@ MODES = {
 }
 ARCHITECTURES = (*zoo.DECODERS, "gptj")
 SLIDING = {"mistral": (0, 1), "gemma2": (0,), "gpt_oss": (0,)}
-INLINE = ("gptj",)
 # Their layers are alike, and tracing takes long.
 ONE_LAYER = ("qwen2", "phi3", "gpt_neox", "falcon", "olmo2", "cohere", "glm", "gptj")
 
@@ -106,7 +105,7 @@ def test_packed_layers_are_in_the_returned_cache(pair, mode, full, sliding):
 
 
 def test_attention_was_lowered_as_reported(pair):
-    attend = pair.name not in INLINE
+    attend = pair.name not in zoo.INLINE
     for site in rk.report(pair.transformed).sites:
         assert site.attention == ("attend" if attend else "inline")
         assert site.passes["lower_attention"] == {"attend": int(attend), "inline": int(not attend)}
@@ -131,7 +130,7 @@ def test_the_reported_ops_run_once_a_layer(pair):
     with torch.no_grad(), Recorder() as recorder:
         pair.transformed(ids)
     attended = recorder.called.count("rotatekv.attend.default")
-    assert attended == (0 if pair.name in INLINE else len(rk.report(pair.transformed).sites))
+    assert attended == (0 if pair.name in zoo.INLINE else len(rk.report(pair.transformed).sites))
     assert not any("rotatekv_capture" in op for op in recorder.called)
 
 
@@ -152,6 +151,18 @@ def few(request):
 
 def both(pair, **options):
     return [generate(model, **options).sequences for model in (pair.transformed, pair.original)]
+
+
+@pytest.mark.parametrize("recipe", ["none", "paper"])
+def test_a_prompt_without_padding_on_a_static_cache(recipe):
+    """transformers then makes no mask, though the fixed buffers have empty columns."""
+    original = zoo.shared("llama")
+    settings = {} if recipe == "none" else {"key_bits": 8, "value_bits": 8, "sinks": 0}
+    ids = zoo.prompt(padding=(0, 0, 0))[0]
+    with torch.no_grad():
+        cache = StaticCache(config=original.config, max_cache_len=40)
+        found = zoo.packed("llama", recipe, **settings)(ids, past_key_values=cache).logits
+        assert zoo.relative(found, original(ids).logits) < (2e-5 if recipe == "none" else 0.05)
 
 
 def test_static_cache_with_chunked_prefill(few):

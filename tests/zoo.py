@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import fx
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.gptj import modeling_gptj
 
 import rotatekv_fx as rk
 from rotatekv_fx.capture import capture
@@ -123,6 +124,10 @@ DECODERS = (
     "gpt_oss",
     "mixtral",
 )
+
+
+# Computed inline by the module itself; transformers 5.24 lets gptj use the attention interface.
+INLINE = () if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS") else ("gptj",)
 
 
 def build(name, layers=2, dtype=torch.float32, seed=0, **overrides):

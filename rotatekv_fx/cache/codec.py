@@ -41,7 +41,11 @@ class Codec:
         """Stored tensors -> [B, H, N, D]."""
         if self.quantizer is None:
             return parts[0]
-        return ops.dequantize(*parts, self.quantizer.bits, self.quantizer.group, self.heads, self.dtype)
+        codes, scale, offset = parts
+        # a negative scale hides a sink's codes from `decode`; a token that was one is read from them
+        return ops.dequantize(
+            codes, scale.abs(), offset, self.quantizer.bits, self.quantizer.group, self.heads, self.dtype
+        )
 
     def write(self, parts: Parts, x: Tensor, slots: Tensor) -> None:
         """Store [B, H, S, D] in place at token slots int64 [S]."""

@@ -97,7 +97,7 @@ class PositionPlan:
             part = parts[one.source].squeeze(1)
             part = part.squeeze(-1) if part.dtype is torch.int32 else part
             if one.rotary is not None:
-                result.append(one.rotary.rows(part.long()).to(one.dtype))
+                result.append(one.rotary.rows(part.long()).to(part.device, one.dtype))
             elif one.repeat == "full":
                 result.append(part.to(one.dtype))
             else:
@@ -115,7 +115,7 @@ def _shorten(tensor: Tensor, repeat: str) -> Tensor:
     return tensor[..., ::2] if repeat == "pairs" else tensor
 
 
-def plan_positions(site: AttentionSite, shared: dict[int, int]) -> PositionPlan:
+def plan_positions(site: AttentionSite, shared: dict[tuple[int, torch.device], int]) -> PositionPlan:
     """Decide what to store for a site's positional inputs.
 
     Args:
@@ -141,7 +141,8 @@ def plan_positions(site: AttentionSite, shared: dict[int, int]) -> PositionPlan:
         index = list(inputs).index(source.name)
         repeat = "full" if rotary is not None else _repetition(positional.example)
         stored.append(_Stored(rotary, index, repeat, positional.example.dtype))
-    key = tuple(shared.setdefault(id(i.example), len(shared)) for i in inputs.values())
+    # a store is read on its layers' device
+    key = tuple(shared.setdefault((id(i.origin), i.example.device), len(shared)) for i in inputs.values())
     return PositionPlan(tuple(inputs), key, stored)
 
 
@@ -154,7 +155,7 @@ def _repetition(rows: Tensor) -> str:
 
 
 def _input_of(site: AttentionSite, tensor: Tensor) -> CapturedInput:
-    return next(i for i in site.capture.inputs if i.example is tensor)
+    return next(i for i in site.capture.inputs if i.origin is tensor)
 
 
 def _function_of_ids(site: AttentionSite, positional: CapturedInput) -> _Rotary | None:
@@ -162,7 +163,7 @@ def _function_of_ids(site: AttentionSite, positional: CapturedInput) -> _Rotary 
     if positional.producer is None:
         return None
     leaves, spec = pytree.tree_flatten((positional.producer.args, positional.producer.kwargs))
-    received = {id(i.example) for i in site.capture.inputs}
+    received = {id(i.origin) for i in site.capture.inputs}
     places = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and id(leaf) in received]
     places = [n for n in places if not leaves[n].is_floating_point()]
     if len(places) != 1:
@@ -182,6 +183,6 @@ def _function_of_ids(site: AttentionSite, positional: CapturedInput) -> _Rotary 
     except Exception:  # a module that cannot be asked again is simply not a function of ids
         return None
     same = all(
-        torch.equal(positional.example, rows.to(positional.example.dtype)) for rows in (alone, beside, after)
+        torch.equal(positional.origin, rows.to(positional.origin.dtype)) for rows in (alone, beside, after)
     )
     return rotary if same else None

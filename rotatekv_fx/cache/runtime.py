@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from rotatekv_fx.rope import Rope
 ops = torch.ops.rotatekv
 
 _OWNERS = "rotatekv_position_owners"  # on a Cache: which layer holds the positions of which inputs
+_calls = threading.local()  # of each thread: block inputs of calls without a cache, by runtime
 
 
 class AttentionRuntime(nn.Module):
@@ -34,16 +38,19 @@ class AttentionRuntime(nn.Module):
         positions: PositionPlan,
         buffers: dict[str, Tensor],
         rope: Rope | None,
+        debug: bool = False,
     ):
-        """`rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix,
+        """`debug` checks what is stored.
+
+        `rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix,
         key_inverse and, where a mean is removed first, key_center of `buffers`.
         """
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
-        self.centers, self.decodes = "key_center" in buffers, keymap.NAMES[0] in buffers
+        self.centers, self.debug = "key_center" in buffers, debug
+        self.decodes = keymap.NAMES[0] in buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
-        self.residual: Tensor | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionRuntime:
         """Follow the model's device, but keep constants in the precision they were computed in."""
@@ -69,7 +76,11 @@ class AttentionRuntime(nn.Module):
 
         Returns:
             mask, keys and values [B, Hkv, N, D], and the positional inputs of those N tokens.
+
+        Raises:
+            StateError: in debug mode, a key or value is not finite.
         """
+        residual = self._received(key, value, residual)
         step = self.layer(cache).step(key, value, self.positions.encode(positions), residual, mask, self)
         if self.rope is not None:
             return step.mask, step.keys, step.values
@@ -95,7 +106,11 @@ class AttentionRuntime(nn.Module):
 
         Returns:
             [B, S, Hq, Dv].
+
+        Raises:
+            StateError: in debug mode, a key or value is not finite.
         """
+        residual = self._received(key, value, residual)
         layer, stored = self.layer(cache), self.positions.encode(positions)
         if self.key_map and layer.decodes(query, mask):
             return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
@@ -127,19 +142,43 @@ class AttentionRuntime(nn.Module):
         mean = self.key_center.to(key.dtype)[None, :, None].expand(batch, -1, key.shape[2], -1)
         return self.rope(mean, *self.positions.decode(positions)).to(key.dtype)
 
+    def _received(self, key: Tensor, value: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The block's input, which may come from the last block's device; and the checks of debug mode."""
+        if self.debug:
+            self._check_finite(key=key, value=value)
+        return None if residual is None else residual.to(key.device)
+
+    def _check_finite(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            bad = ~tensor.isfinite().all(-1).all(1)  # [B, S]
+            if bool(bad.any()):
+                sequence, token = bad.nonzero()[0].tolist()
+                raise StateError(
+                    f"layer {self.layer_index}: the {name} of new token {token} of sequence {sequence} is "
+                    f"not finite ({int(bad.sum())} of {bad.numel()} tokens); look for overflow before it."
+                )
+
     def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the enclosing block: keep its input [B, S, C] for the attention."""
         leaves = (*args, *kwargs.values())
         hidden = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
         if hidden.shape[1] > 1:
             cache = next((c for c in leaves if isinstance(c, Cache)), None)
-            (self if cache is None else self.layer(cache)).residual = hidden
+            self._holder(cache).residual = hidden
 
     def take_residual(self, cache: Cache | None) -> Tensor | None:
         """What `observe` kept for this call, once."""
-        holder = self if cache is None else self.layer(cache)
+        holder = self._holder(cache)
         residual, holder.residual = holder.residual, None
         return residual
+
+    def _holder(self, cache: Cache | None) -> Any:
+        """What keeps the block's input between hook and attention: the cache's layer, or this thread."""
+        if cache is not None:
+            return self.layer(cache)
+        if not hasattr(_calls, "holders"):
+            _calls.holders = weakref.WeakKeyDictionary()
+        return _calls.holders.setdefault(self, SimpleNamespace(residual=None))
 
     def causal_mask(self, cache: Cache | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
         """The mask [1, 1, S, N] that a module with inline attention expects where the model passed none."""

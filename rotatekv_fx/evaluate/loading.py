@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from rotatekv_fx.errors import InputError
+from rotatekv_fx.api import restore
+from rotatekv_fx.errors import InputError, StateError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -36,6 +38,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
     except Exception as error:  # a damaged or foreign checkpoint can fail in any way
         raise InputError(f"Cannot load {name} as a causal language model: {_first_line(error)}") from error
     model, found = loaded
+    with contextlib.suppress(StateError):  # saved after transform(): commands transform it as they are told
+        restore(model)
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])
         raise InputError(

@@ -72,6 +72,7 @@ def select_sinks(residual: Tensor, valid: Tensor | None, count: int) -> tuple[Te
     # The largest of the sequence are among the largest of each token, so only those are ranked together.
     per_token = min(count, residual.shape[-1])
     largest = residual.abs().topk(per_token, dim=-1).values.float()
+    largest = largest.where(largest.isfinite(), -1.0)
     if valid is not None:
         largest = largest.masked_fill(~valid[..., None], -1.0)
     scores, index = F.pad(largest.flatten(1), (0, count), value=-1.0).topk(count, dim=-1)
