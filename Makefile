@@ -4,6 +4,9 @@ VENV ?= .venv
 # On Linux a bare "torch" brings its CUDA libraries along. To choose a build: make test TORCH=...
 TORCH ?= torch==2.13.0
 
+# Triton kernels are interpreted on a CPU, which takes a process of its own.
+KERNEL_TESTS := tests/test_decode_kernel.py tests/test_prefill_kernel.py
+
 OWN_PYTHON := $(VENV)/bin/python
 PYTHON ?= $(OWN_PYTHON)
 READY := $(if $(filter $(OWN_PYTHON),$(PYTHON)),$(VENV)/.installed)
@@ -23,6 +26,7 @@ test: $(READY)
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m pytest
+	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(KERNEL_TESTS)
 	@echo "make test: style and tests are clean."
 
 lint: $(READY)

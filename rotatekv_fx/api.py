@@ -357,8 +357,7 @@ def _rewrite(
     device = example.device
     buffers = {**site.capture.constants, **rewrite.buffers}
     if counts["fuse_attention"]["fused"]:
-        partner = statistics.partner if statistics is not None else None
-        buffers |= key_map(plan, shape, rope or Rope(site).to(device), positions, partner, device)
+        buffers |= key_map(plan, shape, rope or Rope(site).to(device), positions, device)
     runtime = AttentionRuntime(
         site.layer_index,
         _layer_spec(site, plan, statistics),

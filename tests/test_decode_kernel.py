@@ -132,6 +132,14 @@ def relative(actual, expected):
     return float(difference / expected.float().square().mean().sqrt())
 
 
+QUICK = ("grouped", "dim 64, heads share a group", "3 bits", "left padding", "sliding", "first token")
+
+
+def marked(cases, quick):
+    """Names of cases; those that are not `quick` take long under the interpreter."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in cases]
+
+
 needs_kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1"
 )
@@ -139,7 +147,7 @@ needs_kernels = pytest.mark.skipif(
 
 @needs_kernels
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_decode_matches_the_reference(name):
     from rotatekv_fx.kernels.attention import triton as kernels
 
@@ -161,6 +169,7 @@ needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 @needs_kernels
 @pytest.mark.gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("new", [1, 40, 90])
 @pytest.mark.parametrize("dim, window", [(128, 64), (64, 64), (128, 0)])
 def test_extend_matches_the_reference(new, dim, window):

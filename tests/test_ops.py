@@ -79,7 +79,8 @@ def test_opcheck(name, arguments):
 
 def test_every_op_has_samples_and_there_are_no_others():
     assert sorted({name for name, _ in SAMPLES}) == OPS
-    assert sorted(ops.REFERENCES) == OPS
+    packed = {"decode", "extend", "prefill"}  # test_packed_ops.py
+    assert sorted(set(ops.REFERENCES) - packed) == OPS
 
 
 # Compiling and exporting

@@ -114,6 +114,7 @@ def test_the_pipeline_is_in_order():
         "insert_quantization",
         "preserve_sinks",
         "lower_attention",
+        "fuse_attention",
         "cleanup",
     ]
 

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.cache.positions import PositionPlan
-from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape
+from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer
 from rotatekv_fx.rope import Rope
 
 NAMES = ("key_map_matrix", "key_map_mean", "key_map_rotation", "key_map_angles", "key_map_table")
 TABLE_TOKENS = 64  # the longest tile of the kernels
 _LEAST_PAIRS = 16  # a tensor-core step
+_LEAST_DIM = 16  # the same, of a head's channels
+_MOST_ROWS = 32  # query rows of a unit of heads
 _LIMITS = (1 << 17, 1 << 12, 1 << 9)  # positions asked for; a table may hold fewer
 # Of a cosine: bfloat16 rounds it to 0.004, and fp32 the angles of distant tokens to 0.008, here and in the
 # estimate.
@@ -30,7 +32,6 @@ def key_map(
     shape: LayerShape,
     rope: Rope,
     positions: PositionPlan,
-    partner: Tensor | None,
     device: torch.device,
 ) -> dict[str, Tensor]:
     """The tensors of `rotatekv_fx.ops.packed`'s key_map by name.
@@ -40,23 +41,21 @@ def key_map(
         shape: the layer's heads and channels.
         rope: the layer's RoPE.
         positions: how stored positions become its inputs.
-        partner: the channel that RoPE turns each channel with, int64 [D]; needed where a mean is removed.
         device: of the model.
 
     Returns:
-        Nothing where the positions are no ids, or RoPE does not turn pairs by fixed angles.
+        Nothing where the positions are no ids, RoPE does not turn pairs by fixed angles, or the heads and
+        groups are of sizes that the kernels do not take.
     """
     dim, heads = shape.head_dim, shape.kv_heads
     if plan.key_quantizer is None or plan.value_quantizer is None:
         return {}
-    own = torch.arange(dim)
-    turned = torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
+    turned = torch.arange(dim), torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
     if plan.center is not None and rope.turned:
-        turned = _turned(rope, positions, partner, device)
+        turned = _turned(rope, positions, device)
     if turned is None:
         return {}
-    angles, size = turned
-    partner = own if partner is None else partner.cpu()
+    partner, angles, size = turned
     transform = plan.key or ChannelTransform(*[torch.eye(dim, dtype=torch.float64)[None]] * 2)
     block = transform.matrix.shape[-1]
     unit = math.lcm(
@@ -64,7 +63,9 @@ def key_map(
         plan.key_quantizer.group // math.gcd(plan.key_quantizer.group, dim),
         plan.value_quantizer.group // math.gcd(plan.value_quantizer.group, shape.value_dim),
     )
-    if heads % unit:
+    quantizers = (plan.key_quantizer, plan.value_quantizer)
+    rows = unit * shape.query_heads // heads
+    if heads % unit or rows > _MOST_ROWS or dim < _LEAST_DIM or not all(map(_in_words, quantizers)):
         return {}
     matrix, inverse = (_of_units(m, heads * dim // block, unit * dim // block) for m in
                        (transform.matrix, transform.inverse))  # fmt: skip
@@ -98,6 +99,12 @@ def key_map(
     return dict(zip(NAMES, tensors, strict=True))
 
 
+def _in_words(quantizer: Quantizer) -> bool:
+    """Whether kernels can read a group's codes as 16-bit words."""
+    group = quantizer.group
+    return group % 16 == 0 and (quantizer.bits != 3 or group & (group - 1) == 0)
+
+
 def _of_units(blocks: Tensor, count: int, per_unit: int) -> Tensor:
     """[n or 1, m, m] blocks on the diagonals of [units, C, C]."""
     blocks = blocks.cpu().expand(count, -1, -1)
@@ -105,19 +112,23 @@ def _of_units(blocks: Tensor, count: int, per_unit: int) -> Tensor:
 
 
 def _turned(
-    rope: Rope, positions: PositionPlan, partner: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """Each channel's angle t and factor f, float64 [D]: at position p, a = f cos(p t) and b = f sin(p t) of
-    `Rope.coefficients`.
+    rope: Rope, positions: PositionPlan, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Each channel's partner [D], angle t and factor f, float64 [D]: at position p, a = f cos(p t) and
+    b = f sin(p t) of `Rope.coefficients`. Partners show at distant positions: the slowest pairs turn by 1e-6
+    a token.
     """
-    if partner is None or positions.description != "ids" or len(positions.inputs) != 1:
+    if positions.description != "ids" or len(positions.inputs) != 1:
         return None
+    if device.type == "cuda" and any(one.rotary is None for one in positions.stored):
+        return None  # ids may index a table, and a GPU does not survive one past its end
     for limit in _LIMITS:
         powers = torch.tensor([0, *(1 << i for i in range(limit.bit_length() - 1))])
         others = torch.randint(limit, (64,), generator=torch.Generator().manual_seed(0))
         ids = torch.cat([powers, others])
         try:
             rows = positions.decode((ids.int().view(1, 1, -1, 1).to(device),))
+            partner, _ = rope.partners(rows)
             a, b = (t[0].cpu() for t in rope.coefficients(partner, rows, len(ids)))
         except (IndexError, RuntimeError):  # positions that a table does not hold
             continue
@@ -125,8 +136,8 @@ def _turned(
         for row, position in enumerate(powers[2:].tolist(), 2):
             off = torch.atan2(b[row], a[row]) - position * angles
             angles = angles + (off - (off / (2 * math.pi)).round() * 2 * math.pi) / position
-        angles = torch.where(partner.cpu() == torch.arange(rope.dim), 0.0, angles)
+        angles = torch.where(partner == torch.arange(rope.dim), 0.0, angles)
         turns = others.double()[:, None] * angles
         error = torch.stack([a[len(powers) :] - size * turns.cos(), b[len(powers) :] - size * turns.sin()])
-        return (angles, size) if bool((error.abs().amax((0, 1)) < _TOLERANCE * size).all()) else None
+        return (partner, angles, size) if bool((error.abs().amax((0, 1)) < _TOLERANCE * size).all()) else None
     return None

@@ -33,7 +33,8 @@ def lowered_to(op_name: str, device_type: str) -> str:
     """
     if op_name not in REFERENCES:
         raise ConfigError(f"there is no op {op_name!r}; use one of {sorted(REFERENCES)}.")
-    return "triton" if device_type == "cuda" and op_name in TRITON_KERNELS else "reference"
+    kernels = device_type == "cuda" and torch.version.hip is None  # they hold PTX
+    return "triton" if kernels and op_name in TRITON_KERNELS else "reference"
 
 
 def implementation(op_name: str, device_type: str) -> Callable[..., Any]:

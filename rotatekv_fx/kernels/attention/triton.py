@@ -622,6 +622,7 @@ def decode(
     batch, query_heads, _, dim = query.shape
     heads, value_dim = key.shape[1], value.shape[3]
     query, key, value = (x.contiguous() for x in (query, key, value))
+    mask = None if mask is None else mask.contiguous()
     layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
     width = key_map[2].shape[2]
     rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)

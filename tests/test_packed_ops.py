@@ -1,0 +1,112 @@
+"""The ops on packed layers: registration, tracing, what they refuse, and that prompts may be cut anywhere."""
+
+import pytest
+import torch
+from test_decode_kernel import build, copied
+
+from rotatekv_fx import ops  # noqa: F401  (registers the ops)
+from rotatekv_fx.cache import keymap
+from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.kernels import tuning
+from rotatekv_fx.kernels.attention import reference
+
+rotatekv = torch.ops.rotatekv
+SMALL = {
+    "dim": 32, "heads": 2, "query_heads": 4, "batch": 1, "capacity": 24, "window": 8, "slack": 2, "sinks": 2,
+    "group": 32, "pairs": 16, "dtype": torch.float32,
+}  # fmt: skip
+
+
+def small(**changes):
+    """Arguments of `decode` on a small layer, with zeros where the buffers are empty."""
+
+    def clean(x):
+        if isinstance(x, list):
+            return [clean(y) for y in x]
+        return x.nan_to_num(0.0) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return clean(build(**{**SMALL, "length": 20, **changes}))
+
+
+def extending(arguments, new=3):
+    """Arguments of `extend` for some new tokens on the layer of `decode`'s arguments."""
+    _, key, value, *stored, position, _, count, number, _ = arguments[:12]
+    tokens = [torch.randn(*x.shape[:2], new, x.shape[3]) for x in (key, value)]
+    return [*tokens, *stored, position + new - 1, count, number, *arguments[12:20], arguments[21]]
+
+
+def prefilling(arguments, new=3):
+    """Arguments of `prefill` for some new tokens on the layer of `decode`'s arguments."""
+    query, key, value, *stored, position, _, _, number, _ = arguments[:12]
+    tokens = [torch.randn(*x.shape[:2], new, x.shape[3]) for x in (query, key, value)]
+    return [*tokens, *stored, position + new - 1, number, *arguments[12:20], arguments[22]]
+
+
+CALLS = {
+    "decode": lambda: small(),
+    "decode, counted": lambda: small(counted=True),
+    "decode, no window": lambda: small(window=0, capacity=32),
+    "extend": lambda: extending(small()),
+    "prefill": lambda: prefilling(small()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name):
+    torch.library.opcheck(getattr(rotatekv, name.partition(",")[0]).default, tuple(CALLS[name]()))
+
+
+def test_a_compiled_step_writes_the_buffers_themselves():
+    torch._dynamo.reset()
+    eager = small(counted=True)
+    traced = copied(eager)
+    addresses = [t.data_ptr() for t in traced[3]]
+    run = torch.compile(lambda *a: rotatekv.decode(*a) * 2.0, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        assert torch.equal(run(*traced), rotatekv.decode(*eager) * 2.0)
+        for arguments in (eager, traced):
+            arguments[9].add_(1)
+            arguments[7].add_(1)
+    assert [t.data_ptr() for t in traced[3]] == addresses
+    assert all(torch.equal(a, b) for a, b in zip(traced[3] + traced[4], eager[3] + eager[4], strict=True))
+
+
+@pytest.mark.parametrize("window", [0, 8])
+def test_tokens_one_by_one_give_the_buffers_of_one_prompt(window):
+    at_once = small(length=0, sinks=0, window=window, capacity=32)
+    one_by_one = copied(at_once)
+    whole = extending(at_once, new=20)
+    reference.extend(*whole)
+    for token in range(20):
+        part = extending(one_by_one, new=1)
+        part[0], part[1] = (x[:, :, token : token + 1] for x in whole[:2])
+        part[6] = whole[6] - 19 + token
+        part[8] = token
+        reference.extend(*part)
+    for a, b in zip(at_once[3] + at_once[4], one_by_one[3] + one_by_one[4], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+REFUSED = {
+    "two tokens": ({1: torch.zeros(1, 2, 2, 32), 2: torch.zeros(1, 2, 2, 32)}, "give one new token"),
+    "history": ({3: []}, "history has 0 tensors; use 6"),
+    "key map": ({6: []}, "key_map has 0 tensors; use 5"),
+    "bits": ({12: 5}, "bits is 5"),
+    "group": ({14: 24}, "group 24 does not divide 64 channels"),
+    "window as long as the ring": ({19: 10}, "the ring has 10 slots for a window of 10"),
+    "query heads": ({0: torch.zeros(1, 3, 1, 32)}, "3 query heads for 2 KV heads"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_refused(name):
+    changes, message = REFUSED[name]
+    arguments = small()
+    for index, value in changes.items():
+        arguments[index] = value
+    with pytest.raises(ConfigError, match=message):
+        rotatekv.decode(*arguments)
+
+
+def test_the_table_is_as_long_as_the_longest_tile():
+    assert keymap.TABLE_TOKENS == tuning.TABLE_TOKENS
