@@ -587,10 +587,6 @@ def combine_kernel(
     )
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 def decode(
     query: Tensor,
     key: Tensor,
@@ -662,12 +658,13 @@ def decode(
         0 if mask is None else mask.shape[1],
         position, 0 if position.shape[0] == 1 else 1, angles, table,
         scale, softcap, layout.units, parts, weights,
-        COUNTED=count is not None, R=rows, M=max(8, _power_of_two(rows)), U=unit_heads, REPEATS=repeats,
-        D=dim, DV=value_dim, DP=_power_of_two(dim), DVP=_power_of_two(value_dim),
+        COUNTED=count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
+        U=unit_heads, REPEATS=repeats,
+        D=dim, DV=value_dim, DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
         KG=layout.key_groups, VG=layout.value_groups, KGROUP=key_group, VGROUP=value_group,
         KBITS=key_bits, VBITS=value_bits, KWORDS=key_words, VWORDS=value_words,
         KWP=_tensor_step(key_group, key_bits), VWP=_tensor_step(value_group, value_bits),
-        CP=_power_of_two(layout.key_groups * key_group), PAIRS=pairs, SINKS=sink_count,
+        CP=triton.next_power_of_2(layout.key_groups * key_group), PAIRS=pairs, SINKS=sink_count,
         WINDOW=window, SLIDING=sliding, N=choice.tile, NE=exact_tile, STAGES=choice.stages,
         MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
         DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
@@ -683,4 +680,4 @@ def decode(
 
 def _tensor_step(group: int, bits: int) -> int:
     """Words of a group's codes (of the 2-bit plane at 3 bits), padded to a tensor-core step of 16."""
-    return max(16, _power_of_two(group * (2 if bits == 3 else bits) // 16))
+    return max(16, triton.next_power_of_2(group * (2 if bits == 3 else bits) // 16))

@@ -239,8 +239,8 @@ def prefill(
     far, near = [*parts, none, none][:2]
     band_kernel[(triton.cdiv(new, _ROWS), batch * query_heads)](
         query, exact_keys, exact_values, *far, *near, out, new, exact_keys.shape[2], query_heads, scale,
-        REPEATS=query_heads // heads, D=dim, DP=_power_of_two(dim), DV=value_dim,
-        DVP=_power_of_two(value_dim),
+        REPEATS=query_heads // heads, D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
+        DVP=triton.next_power_of_2(value_dim),
         WINDOW=window, FAR=len(parts) > 0, NEAR=len(parts) > 1, ROWS=_ROWS, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return out
@@ -266,7 +266,8 @@ def _restored(
     restore_kernel[(triton.cdiv(length, _ROWS), batch * heads)](
         *history, history[0].shape[2], key_map[2], key_map[3], shift, 0 if shift.shape[0] == 1 else 1,
         keys, values, length, rows, heads, layout.units,
-        D=dim, DV=value_dim, DP=_power_of_two(max(dim, value_dim)), C=channels, CP=_power_of_two(channels),
+        D=dim, DV=value_dim, DP=triton.next_power_of_2(max(dim, value_dim)), C=channels,
+        CP=triton.next_power_of_2(channels),
         KGROUP=layout.key_group, VGROUP=layout.value_group, KBYTES=history[0].shape[3],
         VBYTES=history[3].shape[3], KBITS=layout.key_bits, VBITS=layout.value_bits,
         PAIRS=len(key_map[3]), MIDPOINT=scheme == "midpoint", N=_ROWS, num_warps=8,
@@ -304,7 +305,3 @@ def _library_attention(
             query, keys, values, None, True, 0.0, causal, False, scale=scale
         )[:2]
     return aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, False, scale=scale)[:2]
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()

@@ -344,10 +344,6 @@ def step_kernel(
         )  # fmt: skip
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How a layer's heads form units, and the channels of a unit quantization groups.
@@ -457,14 +453,14 @@ def launch_step(
             sinks[2] if sinks else position, matrix, mean, angles, position,
             0 if position.shape[0] == 1 else 1, *history, capacity, key_clip, value_clip, layout.units,
             COUNTED=count is not None, WINDOW=window, D=dim, DV=value_dim,
-            DP=_power_of_two(max(dim, value_dim, 16)), U=layout.heads,
+            DP=triton.next_power_of_2(max(dim, value_dim, 16)), U=layout.heads,
             KG=layout.key_groups, VG=layout.value_groups, KGROUP=layout.key_group, VGROUP=layout.value_group,
             KBITS=layout.key_bits, VBITS=layout.value_bits,
             KBYTES=history[0].shape[3], VBYTES=history[3].shape[3],
             KWIDTH=_plane_width(layout.key_group, layout.key_bits),
             VWIDTH=_plane_width(layout.value_group, layout.value_bits),
             QWIDTH=width, COLUMNS=columns, PAIRS=len(angles),
-            SINKS=sink_count, SINKS_PADDED=_power_of_two(sink_count),
+            SINKS=sink_count, SINKS_PADDED=triton.next_power_of_2(max(1, sink_count)),
             MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
             ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
             num_warps=tuning.step_warps(rows),
@@ -481,4 +477,4 @@ def launch_step(
 
 def _plane_width(group: int, bits: int) -> int:
     """Bytes of a plane of codes (the 2-bit one at 3 bits), padded to a power of two."""
-    return _power_of_two(group * (2 if bits == 3 else bits) // 8)
+    return triton.next_power_of_2(group * (2 if bits == 3 else bits) // 8)
