@@ -127,15 +127,28 @@ def quantized_cache(
     """An empty QuantizedCache of transformers. It reads a step exactly, and earlier ones from its codes.
 
     Args:
-        backend: "hqq" or "quanto"; groups lie along tokens and channels as the backend's default axis has it.
+        backend: "hqq" or "quanto". Groups lie along the axis that transformers recommends for it: 1 for HQQ,
+            consecutive channels of a head and token; 0 for quanto.
+        bits: of a code: 2, 3 (HQQ alone), 4 or 8.
+        group: numbers that share a scale and a zero.
+        residual: recent tokens kept exact, at most.
 
     Raises:
         InputError: the backend is not installed, or refuses these settings.
     """
+    axis = 1 if backend == "hqq" else 0
     try:
-        return QuantizedCache(backend, model.config, nbits=bits, q_group_size=group, residual_length=residual)
+        return QuantizedCache(
+            backend,
+            model.config,
+            nbits=bits,
+            axis_key=axis,
+            axis_value=axis,
+            q_group_size=group,
+            residual_length=residual,
+        )
     except (ImportError, ValueError) as error:
-        package = {"hqq": "hqq", "quanto": "optimum-quanto"}.get(backend, "hqq")
+        package = {"quanto": "optimum-quanto"}.get(backend, "'rotatekv-fx[baselines]'")
         raise InputError(
             f"transformers' QuantizedCache cannot use backend {backend!r} ({error}); pip install {package}, "
             "and choose hqq or quanto."
@@ -193,11 +206,16 @@ def evaluate_caches(
 
 
 def held_nbytes(cache: Cache) -> int:
-    """Bytes of every tensor that a cache's layers hold, in whatever containers and subclasses."""
+    """Bytes of every tensor that a cache's layers hold, in whatever containers and subclasses.
+
+    Wider floating-point numbers count as 16 bits: QuantizedCache keeps scales and recent tokens in the model's
+    dtype, which is float32 for figures and would not be in use.
+    """
     storages = {}
     for tensor in _tensors_in([vars(layer) for layer in cache.layers]):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        width = max(1, tensor.itemsize // 2) if tensor.is_floating_point() else 1
+        storages[storage.data_ptr()] = storage.nbytes() // width
     return sum(storages.values())
 
 
