@@ -84,8 +84,8 @@ def test_divergence_is_of_the_cache_the_text_was_written_on(reference_model):
         judge = reference_model(input_ids=text).logits[:, 2:-1].log_softmax(-1)
     own = torch.stack(logits, 1).log_softmax(-1)
     gaps = (own - judge).gather(-1, text[:, 3:, None])[..., 0]
-    assert row["divergence"] == pytest.approx(gaps.mean().item(), rel=1e-3)
-    assert row["last_quarter_divergence"] == pytest.approx(gaps[:, -10:].mean().item(), rel=1e-3)
+    assert row["divergence"] == pytest.approx(gaps.mean().item(), rel=0.02)
+    assert row["last_quarter_divergence"] == pytest.approx(gaps[:, -10:].mean().item(), rel=0.02)
     low, high = row["divergence_interval"]
     assert 0 < low < row["divergence"] < high
 
