@@ -208,8 +208,8 @@ def evaluate_caches(
 def held_nbytes(cache: Cache) -> int:
     """Bytes of every tensor that a cache's layers hold, in whatever containers and subclasses.
 
-    Wider floating-point numbers count as 16 bits: QuantizedCache keeps scales and recent tokens in the model's
-    dtype, which is float32 for figures and would not be in use.
+    Wider floating-point numbers count as 16 bits: QuantizedCache keeps scales and recent tokens in the
+    model's dtype, which is float32 for figures and would not be in use.
     """
     storages = {}
     for tensor in _tensors_in([vars(layer) for layer in cache.layers]):
