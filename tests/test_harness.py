@@ -35,7 +35,7 @@ output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{worked}}}}"
 target_delimiter: ""
-generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 64}}
+generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 40}}
 metric_list: [{{metric: exact_match, ignore_case: false}}]
 """
 
@@ -46,7 +46,7 @@ def tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     rng, lines = random.Random(0), []
-    for i in range(6):
+    for i in range(3):
         question, worked, _ = word_problem(rng)
         wrong = [word_problem(rng)[1].strip() for _ in range(2)]
         choices = [*wrong[: i % 3], worked.strip(), *wrong[i % 3 :]]
@@ -73,8 +73,8 @@ def test_a_transformed_model_is_scored_as_an_ordinary_one(reference_model, repos
     }
     scores = harness_scores(models, tokenizer, ["local_choices", "local_worked"], include=tasks)
     for name in models:
-        assert scores[name]["local_choices"]["acc,none"] >= 5 / 6
-        assert scores[name]["local_worked"]["exact_match,none"] >= 4 / 6
+        assert scores[name]["local_choices"]["acc,none"] >= 2 / 3
+        assert scores[name]["local_worked"]["exact_match,none"] >= 2 / 3
     for task in ("local_choices", "local_worked"):
         same = [{k: v for k, v in scores[n][task].items() if k != "alias"} for n in ("untransformed", "none")]
         assert same[0] == same[1]

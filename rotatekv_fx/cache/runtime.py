@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from rotatekv_fx.cache import keymap
-from rotatekv_fx.cache.codec import Parts
+from rotatekv_fx.cache.codec import Codec, Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
@@ -108,11 +108,22 @@ class AttentionRuntime(nn.Module):
         return [getattr(self, name) for name in keymap.NAMES] if self.decodes else []
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
-        """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""
+        """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated, compensated."""
         if self.rope is None:
             return key
         centered = key - self._mean(key, positions) if self.centers else key
-        return ops.rotate(centered, self.key_matrix, None, False)
+        rotated = ops.rotate(centered, self.key_matrix, None, False)
+        return self._compensated(rotated, "key_feedback", self.spec.key)
+
+    def values_to_codes(self, value: Tensor) -> Tensor:
+        """An exact value [B, Hkv, N, Dv] as it is quantized: compensated."""
+        return self._compensated(value, "value_feedback", self.spec.value)
+
+    def _compensated(self, x: Tensor, feedback: str, codec: Codec) -> Tensor:
+        if feedback not in self._buffers:
+            return x
+        q = codec.quantizer
+        return ops.compensate(x, self._buffers[feedback], q.bits, q.group, q.clip)
 
     def from_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """The inverse of `to_codes`."""
