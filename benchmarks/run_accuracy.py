@@ -72,7 +72,7 @@ class Sizes:
     bits: tuple[int, ...]
 
 
-FULL = Sizes(24, 200, LENGTHS, DEPTHS, 32, 1024, (2, 3, 4))
+FULL = Sizes(24, 200, LENGTHS, DEPTHS, 24, 1024, (2, 3, 4))
 QUICK = Sizes(2, 4, (300, 500), (0.0, 1.0), 2, 32, (2,))
 
 
@@ -120,7 +120,7 @@ def measure_rate(bench: Bench) -> dict[str, Any]:
             **installed_quantized_caches(bench.model, bits),
         }
         for makers, window, step in ((strict, 0, None), (recent, WINDOW, 1)):
-            for row in evaluate_caches(bench.model, makers, bench.windows, sites, step, batch=8):
+            for row in evaluate_caches(bench.model, makers, bench.windows, sites, step, batch=24):
                 widths = {"key_bits": bits, "value_bits": bits, "window": window}
                 rows.append(named(row["recipe"], {**row, **widths}))
     return {"untransformed_perplexity": figures["untransformed_perplexity"], "rows": rows}
@@ -236,7 +236,7 @@ def measure_long(bench: Bench) -> list[dict[str, Any]]:
         "paper": config_of("paper"),
         **{f"{recipe}, window {window}": config_of(recipe, 2, window) for recipe, window in windowed()},
     }
-    prompts = [window[:, :16] for window in bench.calibration_windows[: bench.sizes.texts]]
+    prompts = [window[:, :16] for window in bench.windows[: bench.sizes.texts]]
     rows = []
     for name in (UNTRANSFORMED, *configs):
         writer = bench.transformed(configs[name]) if name in configs else bench.model
