@@ -232,7 +232,6 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
 def measure_long(bench: Bench) -> list[dict[str, Any]]:
     """Text written on each cache, after 16 tokens of different windows."""
     configs = {
-        "rtn": config_of("rtn"),
         "paper": config_of("paper"),
         **{f"{recipe}, window {window}": config_of(recipe, 2, window) for recipe, window in windowed()},
     }

@@ -35,7 +35,7 @@ output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{worked}}}}"
 target_delimiter: ""
-generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 40}}
+generation_kwargs: {{until: ["\\n"], do_sample: false, max_gen_toks: 96}}
 metric_list: [{{metric: exact_match, ignore_case: false}}]
 """
 

@@ -15,8 +15,8 @@ def plot_rate(rows: Sequence[Mapping[str, Any]], untransformed_perplexity: float
     """KL divergence, and perplexity lost, against bits per element: one line a method.
 
     Args:
-        rows: with "method", "window", "bits_per_element", "kl" and "perplexity"; methods with a window of
-            exact tokens are drawn dashed.
+        rows: with "method", "window", "bits_per_element", "kl" and "perplexity"; a method with a window of
+            exact tokens ("name, window n") is drawn dashed, in the colour of that without.
         untransformed_perplexity: over the same windows.
         path: of the image; its suffix says which kind.
 
@@ -26,13 +26,21 @@ def plot_rate(rows: Sequence[Mapping[str, Any]], untransformed_perplexity: float
     figure, axes = _figure(2, (12, 5.6))
     losses = ("kl", "KL from the untransformed model (nats)"), ("lost", "perplexity lost")
     methods = dict.fromkeys(row["method"] for row in rows)
+    families = list(dict.fromkeys(method.partition(",")[0] for method in methods))
     points = [{**row, "lost": row["perplexity"] - untransformed_perplexity} for row in rows]
     for axis, (column, label) in zip(axes, losses, strict=True):
-        for method, marker in zip(methods, _MARKERS * len(methods), strict=False):
+        for method in methods:
             own = [p for p in points if p["method"] == method]
             line = sorted((p["bits_per_element"], p[column]) for p in own)
-            style = "--" if own[0]["window"] else "-"
-            axis.plot(*zip(*line, strict=True), marker=marker, linestyle=style, markersize=6, label=method)
+            number = families.index(method.partition(",")[0]) % len(_MARKERS)
+            axis.plot(
+                *zip(*line, strict=True),
+                color=f"C{number}",
+                marker=_MARKERS[number],
+                markerfacecolor="white" if own[0]["window"] else None,
+                linestyle="--" if own[0]["window"] else "-",
+                label=method,
+            )
         axis.set(xlabel="bits per element, everything counted", ylabel=label)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_yscale("log")
