@@ -2,14 +2,16 @@
 
     python -m benchmarks.run_accuracy --out benchmarks/results
 
-Parts: rate (loss against bits per element), tasks (word problems and recall, paired with 16 bit), long (1,024
-tokens written on each cache) and outliers (key channels, step by step). A part's figures replace those of its
-last run in accuracy.json.
+Parts: rate (loss against bits per element), checks (keys alone, self-generated calibration, static layers,
+bits with slack and at 32k tokens), tasks (word problems and recall, paired with 16 bit), long (1,024 tokens
+written on each cache) and outliers (key channels, step by step). A part's figures replace those of its last
+run in accuracy.json.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import platform
 import time
@@ -17,15 +19,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from rotatekv_fx import Calibration, RotateKVConfig, calibrate, inspect_model, transform
+from rotatekv_fx import Calibration, RotateKVConfig, calibrate, inspect_model, report, transform
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.evaluate import (
     cut_windows,
@@ -39,7 +42,9 @@ from rotatekv_fx.evaluate import (
 from rotatekv_fx.evaluate.baselines import evaluate_caches, kivi_cache, quantized_cache
 from rotatekv_fx.evaluate.comparison import compare_on_tasks
 from rotatekv_fx.evaluate.long_generation import long_generation
+from rotatekv_fx.evaluate.memory import bits_per_element
 from rotatekv_fx.evaluate.outliers import key_outliers
+from rotatekv_fx.evaluate.perplexity import score
 from rotatekv_fx.evaluate.plots import plot_outliers, plot_rate, plot_recall
 from rotatekv_fx.evaluate.reasoning import word_problem_cases
 from rotatekv_fx.evaluate.recall import recall_cases
@@ -51,6 +56,7 @@ LENGTHS = (700, 1100, 1500, 1900)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOW = 64
 UNTRANSFORMED = "16 bit"
+STRICT = ("rtn", "quarot", "paper", "centered", "compensated")
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Sizes:
     bits: tuple[int, ...]
 
 
-FULL = Sizes(24, 200, LENGTHS, DEPTHS, 4, 1024, (2, 3, 4))
+FULL = Sizes(24, 200, LENGTHS, DEPTHS, 24, 1024, (2, 3, 4))
 QUICK = Sizes(2, 4, (300, 500), (0.0, 1.0), 2, 32, (2,))
 
 
@@ -97,57 +103,105 @@ def config_of(recipe: str, bits: int = 2, window: int = 0) -> RotateKVConfig:
 def measure_rate(bench: Bench) -> dict[str, Any]:
     """KL, agreement and perplexity of each method at each of its widths.
 
-    KIVI has 2 and 4 bits, as published. With recent tokens exact, KIVI and QuantizedCache are fed token by
-    token, since all queries of one forward would read the same keys; on the first quarter of the windows.
+    KIVI has 2 and 4 bits, as published; so has QuantizedCache here. With recent tokens exact, both are fed
+    token by token, since all queries of one forward would read the same keys.
     """
     rows: list[dict[str, Any]] = []
-    for recipe, window in (("rtn", 0), ("quarot", 0), ("paper", 0), ("centered", 0), *windowed()):
+    for recipe, window in (*((recipe, 0) for recipe in STRICT), *windowed()):
         for bits in bench.sizes.bits:
             config = config_of(recipe, bits, window)
             figures = evaluate(bench.model, {config: bench.transformed(config)}, bench.windows)
             rows.append(named(f"{recipe}, window {window}" if window else recipe, figures["rows"][0]))
-    untransformed = figures["untransformed_perplexity"]
     sites = inspect_model(bench.model).sites
-    for group in (32, 128):
-        for bits in (b for b in bench.sizes.bits if b != 3):
-            makers = {"kivi": partial(kivi_cache, bench.model, bits, group)}
-            row = evaluate_caches(bench.model, makers, bench.windows, sites)[0]
-            rows.append(named(f"kivi g{group}", {**row, "key_bits": bits, "value_bits": bits}))
-    few = bench.windows[: -(-len(bench.windows) // 4)]
-    makers = {
-        f"kivi g32, residual {WINDOW}": partial(kivi_cache, bench.model, 2, 32, WINDOW),
-        **installed_quantized_caches(bench.model),
-    }
-    stepped = evaluate_caches(bench.model, makers, few, sites, step=1)
-    return {
-        "untransformed_perplexity": untransformed,
-        "rows": rows,
-        "token_by_token": [named(row["recipe"], row) for row in stepped],
-    }
+    for bits in (b for b in bench.sizes.bits if b != 3):
+        strict = {f"kivi g{group}": partial(kivi_cache, bench.model, bits, group) for group in (32, 128)}
+        recent = {
+            f"kivi g32, window {WINDOW}": partial(kivi_cache, bench.model, bits, 32, WINDOW),
+            **installed_quantized_caches(bench.model, bits),
+        }
+        for makers, window, step in ((strict, 0, None), (recent, WINDOW, 1)):
+            for row in evaluate_caches(bench.model, makers, bench.windows, sites, step, batch=24):
+                widths = {"key_bits": bits, "value_bits": bits, "window": window}
+                rows.append(named(row["recipe"], {**row, **widths}))
+    return {"untransformed_perplexity": figures["untransformed_perplexity"], "rows": rows}
 
 
 def windowed() -> Iterator[tuple[str, int]]:
     """Recipes with a recent window."""
-    yield from (("paper", WINDOW), ("centered", WINDOW))
+    yield from ((recipe, WINDOW) for recipe in ("paper", "centered", "compensated"))
 
 
-def installed_quantized_caches(model: PreTrainedModel) -> dict[str, Callable[[], Any]]:
+def installed_quantized_caches(model: PreTrainedModel, bits: int) -> dict[str, Callable[[], Any]]:
     """transformers' own cache with each backend that is installed."""
     found = {}
     for backend in ("quanto", "hqq"):
-        make = partial(quantized_cache, model, backend, 2, 64, WINDOW)
+        make = partial(quantized_cache, model, backend, bits, 64, WINDOW)
         try:
             make()
         except InputError as error:
             print(error)
         else:
-            found[f"QuantizedCache {backend} g64, residual {WINDOW}"] = make
+            found[f"QuantizedCache {backend} g64, window {WINDOW}"] = make
+    return found
+
+
+def measure_checks(bench: Bench) -> dict[str, Any]:
+    """Recipe `centered`, 2 bits: what the table of methods doesn't show."""
+    window0, window64 = config_of("centered"), config_of("centered", window=WINDOW)
+    variants = {
+        "window 0": (window0, bench.calibration),
+        "keys alone (values at 8 bits)": (dataclasses.replace(window0, value_bits=8), bench.calibration),
+        f"window {WINDOW}": (window64, bench.calibration),
+        f"window {WINDOW}, slack 32": (dataclasses.replace(window64, slack=32), bench.calibration),
+        "window 0, calibrated on its own text": (window0, calibrate(bench.model)),
+        "window 0, 4 heads a rotation": (dataclasses.replace(window0, head_group=4), bench.calibration),
+        "window 0, 32 mean channels": (dataclasses.replace(window0, mean_channels=32), bench.calibration),
+    }
+    rows = []
+    for name, (config, calibration) in variants.items():
+        packed = transform(copy.deepcopy(bench.model), config, calibration)
+        row = evaluate(bench.model, {config: packed}, bench.windows)["rows"][0]
+        rows.append(named(name, {**row, "kl_first_12": fmean(row["per_window"]["kl"][:12])}))
+    layers = [static_layers(bench, config) for config in (window0, window64)]
+    return {"rows": rows, "static_layers": layers, "bits_at_32768": bits_when_long(bench, window64)}
+
+
+@torch.inference_mode()
+def static_layers(bench: Bench, config: RotateKVConfig) -> dict[str, Any]:
+    """KL of the first windows on dynamic and on static layers, and the largest gap between their logits."""
+    packed = bench.transformed(config)
+    kl: dict[str, list[float]] = {"dynamic": [], "static": []}
+    gap = 0.0
+    for window in bench.windows[:4]:
+        ids = window.to(bench.model.device)
+        reference = bench.model(input_ids=ids).logits[0, :-1].float()
+        read = {}
+        for kind in kl:
+            room = {"config": packed.config, "max_cache_len": ids.shape[1]}
+            cache = StaticCache(**room) if kind == "static" else DynamicCache(config=packed.config)
+            read[kind] = packed(input_ids=ids, past_key_values=cache).logits[0, :-1].float()
+            kl[kind].append(score(reference, read[kind], ids[0, 1:]).kl)
+        gap = max(gap, (read["static"] - read["dynamic"]).abs().max().item())
+    print(f"window {config.window}: KL dynamic {fmean(kl['dynamic']):.5f}, static {fmean(kl['static']):.5f}")
+    return {"window": config.window, "kl": kl, "largest_logit_gap": gap}
+
+
+@torch.inference_mode()
+def bits_when_long(bench: Bench, config: RotateKVConfig, tokens: int = 32768) -> dict[str, float]:
+    """Bits an element of static layers allocated for that many tokens, without slack and with 32."""
+    found = {}
+    for slack in (0, 32):
+        packed = bench.transformed(dataclasses.replace(config, slack=slack))
+        cache = StaticCache(config=packed.config, max_cache_len=tokens)
+        packed(input_ids=bench.windows[0][:, :128].to(bench.model.device), past_key_values=cache)
+        found[f"slack {slack}"] = bits_per_element(cache, report(packed).sites, tokens)
+    print(f"bits an element at {tokens} tokens, window {config.window}: {found}")
     return found
 
 
 def named(method: str, row: Mapping[str, Any]) -> dict[str, Any]:
     print(
-        f"{method:36} {row['bits_per_element']:6.2f} bits  KL {row['kl']:.4f}  "
+        f"{method:38} {row['bits_per_element']:6.2f} bits  KL {row['kl']:.4f}  "
         f"same argmax {row['agreement']:.1%}  perplexity {row['perplexity']:.2f}",
         flush=True,
     )
@@ -178,24 +232,24 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
 def measure_long(bench: Bench) -> list[dict[str, Any]]:
     """Text written on each cache, after 16 tokens of different windows."""
     configs = {
-        "rtn": config_of("rtn"),
         "paper": config_of("paper"),
         **{f"{recipe}, window {window}": config_of(recipe, 2, window) for recipe, window in windowed()},
     }
-    prompts = [window[:, :16] for window in bench.calibration_windows[: bench.sizes.texts]]
+    prompts = [window[:, :16] for window in bench.windows[: bench.sizes.texts]]
     rows = []
     for name in (UNTRANSFORMED, *configs):
         writer = bench.transformed(configs[name]) if name in configs else bench.model
         rows += long_generation(bench.model, {name: writer}, prompts, bench.sizes.new_tokens)
         print(
-            f"long {name:22} perplexity {rows[-1]['perplexity']:.2f}, distinct {rows[-1]['distinct']:.3f}",
+            f"long {name:22} perplexity {rows[-1]['perplexity']:.2f}, "
+            f"divergence {rows[-1]['divergence']:.3f}, distinct {rows[-1]['distinct']:.3f}",
             flush=True,
         )
     return rows
 
 
 def measure_outliers(bench: Bench) -> dict[str, Any]:
-    """Key outliers of both published and own recipe, on the calibration text."""
+    """Key outliers of the published and of our default recipe, on the calibration text."""
     few = bench.calibration_windows[:4]
     return {
         recipe: key_outliers(bench.model, config_of(recipe), bench.calibration, few)
@@ -205,6 +259,7 @@ def measure_outliers(bench: Bench) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Bench], Any]] = {
     "rate": measure_rate,
+    "checks": measure_checks,
     "tasks": measure_tasks,
     "long": measure_long,
     "outliers": measure_outliers,

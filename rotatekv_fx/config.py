@@ -33,8 +33,9 @@ class RotateKVConfig:
     """How the KV cache is transformed and stored.
 
     Args:
-        recipe: name of a registered recipe: "centered" (ours), "paper" (RotateKV as published), "none"
-            (exact, for comparison), or a baseline, "rtn" or "quarot".
+        recipe: name of a registered recipe: "centered" (ours), "compensated" (the same, written more slowly
+            and read more exactly), "paper" (RotateKV as published), "none" (exact, for comparison), or a
+            baseline, "rtn" or "quarot".
         key_bits, value_bits: bits of a stored code, one of 2, 3, 4, 8.
         group_size: consecutive channels that share a scale. None takes 128, or the largest divisor of
             Hkv * head_dim up to 128; an explicit size must divide Hkv * head_dim.

@@ -83,7 +83,7 @@ def test_kivi_bytes_are_codes_scales_minima_and_exact_tokens(tiny_model):
     assert held_nbytes(cache) == 2 * a_layer
     exact = DynamicCache()
     tiny_model(input_ids=torch.arange(100)[None], past_key_values=exact)
-    assert held_nbytes(exact) == 2 * 2 * 100 * heads * dim * 4
+    assert held_nbytes(exact) == 2 * 2 * 100 * heads * dim * 2  # float32, counted as 16 bits
 
 
 def test_kivi_row_agrees_with_a_direct_forward(tiny_model):
@@ -188,17 +188,20 @@ def test_baseline_recipes_hold_codes_alone(tiny_model, recipe):
 
 def test_quantized_cache_names_what_is_missing(tiny_model, monkeypatch):
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)
-    with pytest.raises(InputError, match="pip install hqq"):
+    with pytest.raises(InputError, match=r"pip install 'rotatekv-fx\[baselines\]'"):
         quantized_cache(tiny_model, "hqq")
     with pytest.raises(InputError, match="'nothing'"):
         quantized_cache(tiny_model, "nothing")
 
 
 def test_quantized_cache_runs_and_is_counted(tiny_model):
+    """96 tokens in steps of 16: each 32 recent ones join the codes, with 16-bit scale and zero a group."""
     pytest.importorskip("hqq")
     windows = [torch.arange(5, 101)[None]]
     sites = inspect_model(tiny_model).sites
     makers = {b: lambda b=b: quantized_cache(tiny_model, "hqq", b, 32, 32) for b in (2, 4)}
     two, four = evaluate_caches(tiny_model, makers, windows, sites, step=16)
     assert 0 < four["kl"] < two["kl"]
-    assert 2 < two["bits_per_element"] < four["bits_per_element"] < 32
+    coded, exact = 80 / 96, 16 / 96
+    assert two["bits_per_element"] == pytest.approx(coded * (2 + 32 / 32) + exact * 16)
+    assert four["bits_per_element"] == pytest.approx(coded * (4 + 32 / 32) + exact * 16)

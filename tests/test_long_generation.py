@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from rotatekv_fx import RotateKVConfig, transform
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.evaluate import load_model
 from rotatekv_fx.evaluate.long_generation import distinct, long_generation, write
@@ -40,6 +41,7 @@ def test_perplexity_is_of_the_text_that_was_written(tiny_model):
     last = [loss for one in losses for loss in one[-6:]]
     assert row["last_quarter_perplexity"] == pytest.approx(math.exp(sum(last) / 12), rel=1e-4)
     assert row["interval"][0] < row["perplexity"] < row["interval"][1]
+    assert row["divergence"] == pytest.approx(0, abs=1e-5)
     assert row["distinct"] == pytest.approx(sum(distinct(t[3:].tolist()) for t in text) / 2)
 
 
@@ -63,6 +65,29 @@ def test_a_writer_that_degenerates_shows(reference_model):
     rows = long_generation(reference_model, {"own": reference_model, "broken": broken}, PROMPTS, 24)
     own, bad = rows
     assert bad["perplexity"] > 2 * own["perplexity"]
+
+
+def test_divergence_is_of_the_cache_the_text_was_written_on(reference_model):
+    """Token by token on one packed cache, as `generate` reads it."""
+    packed = transform(
+        copy.deepcopy(reference_model),
+        RotateKVConfig(recipe="quarot", window=8, slack=0, keep_originals=False),
+    )
+    (row,) = long_generation(reference_model, {"packed": packed}, PROMPTS, 40, seed=2)
+    text = write(packed, torch.cat(PROMPTS), 40, seed=2)
+    with torch.no_grad():
+        output = packed(input_ids=text[:, :3], use_cache=True)
+        logits = [output.logits[:, -1]]
+        for i in range(3, 42):
+            output = packed(input_ids=text[:, i : i + 1], past_key_values=output.past_key_values)
+            logits.append(output.logits[:, -1])
+        judge = reference_model(input_ids=text).logits[:, 2:-1].log_softmax(-1)
+    own = torch.stack(logits, 1).log_softmax(-1)
+    gaps = (own - judge).gather(-1, text[:, 3:, None])[..., 0]
+    assert row["divergence"] == pytest.approx(gaps.mean().item(), rel=0.02)
+    assert row["last_quarter_divergence"] == pytest.approx(gaps[:, -10:].mean().item(), rel=0.02)
+    low, high = row["divergence_interval"]
+    assert 0 < low < row["divergence"] < high
 
 
 def test_no_prompts_and_too_long_texts_are_refused(tiny_model):

@@ -15,6 +15,7 @@ rotatekv = torch.ops.rotatekv
 OPS = [
     "append",
     "attend",
+    "compensate",
     "dequantize",
     "quantize",
     "restore_sinks",
@@ -42,6 +43,8 @@ def samples():
     yield "rotate", (x, hadamard(64)[None], None, False)
     yield "rotate", (strided, torch.randn(4, 16, 16), order, False)
     yield "rotate", (strided.bfloat16(), torch.randn(2, 32, 32), order, True)
+    yield "compensate", (strided, torch.randn(4, 16, 16), 2, 32, 0.7)
+    yield "compensate", (wide, torch.randn(1, 36, 36), 3, 12, 1.0)
     for scheme in ("zero_point", "midpoint"):
         yield "quantize", (strided, 2, 64, 0.8, scheme)
         yield "quantize", (wide, 3, 36, 1.0, scheme)
@@ -154,7 +157,7 @@ def test_export_keeps_one_node_an_op_and_a_dynamic_length():
     program = torch.export.export(Cached(), cached_inputs(6), dynamic_shapes=shapes, strict=False)
     called = [str(node.target) for node in program.graph.nodes if "rotatekv" in str(node.target)]
     counts = {name: called.count(f"rotatekv.{name}.default") for name in OPS}
-    assert counts == dict.fromkeys(OPS, 1) | {"dequantize": 2, "store": 0}
+    assert counts == dict.fromkeys(OPS, 1) | {"dequantize": 2, "store": 0, "compensate": 0}
     for size in (6, 9):
         arguments = cached_inputs(size)
         copies = [a.clone() for a in arguments]

@@ -16,9 +16,9 @@ from rotatekv_fx.evaluate.outliers import key_outliers
 from rotatekv_fx.evaluate.plots import plot_outliers, plot_rate, plot_recall
 
 RATE = [
-    {"method": "a", "bits_per_element": bits, "kl": 1 / bits**3, "perplexity": 40 + gap}
+    {"method": "a", "window": 0, "bits_per_element": bits, "kl": 1 / bits**3, "perplexity": 40 + gap}
     for bits, gap in ((2.25, 4.0), (4.25, -0.1))
-] + [{"method": "b", "bits_per_element": 3.0, "kl": 0.2, "perplexity": 45.0}]
+] + [{"method": "b", "window": 64, "bits_per_element": 3.0, "kl": 0.2, "perplexity": 45.0}]
 PLACES = [
     {"length": length, "depth": depth, "accuracy": 90.0}
     for length in (700, 1900)

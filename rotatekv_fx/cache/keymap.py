@@ -50,6 +50,8 @@ def key_map(
     dim, heads = shape.head_dim, shape.kv_heads
     if plan.key_quantizer is None or plan.value_quantizer is None:
         return {}
+    if plan.key_feedback is not None or plan.value_feedback is not None:  # the ops don't compensate
+        return {}
     turned = torch.arange(dim), torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
     if plan.center is not None and rope.turned:
         turned = _turned(rope, positions, device)

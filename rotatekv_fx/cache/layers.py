@@ -47,6 +47,8 @@ class KeyForm(Protocol):
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor: ...
 
+    def values_to_codes(self, value: Tensor) -> Tensor: ...
+
     def from_codes(self, key: Tensor, positions: Parts) -> Tensor: ...
 
 
@@ -307,13 +309,14 @@ class PackedLayer:
         """
         start = self._start()
         if not self.spec.window:
-            self.history.push((form.to_codes(key, self._places(new)), value), start)
+            coded = form.to_codes(key, self._places(new)), form.values_to_codes(value)
+            self.history.push(coded, start)
             return
         keys, values, numbers, leaving = self._leaving(key, value, new)
         if leaving:
             moved = form.to_codes(keys[:, :, :leaving], self._places(numbers[:leaving]))
             first = start + new.shape[0] - numbers.shape[0]
-            self.history.push((moved, values[:, :, :leaving]), first)
+            self.history.push((moved, form.values_to_codes(values[:, :, :leaving])), first)
         self.recent.push(tuple(as_exact(x, self.spec.exact_dtype) for x in (key, value)), start)
         if isinstance(start, int):
             self.exact_from = max(self.exact_from, start + new.shape[0] - self.recent.size)
@@ -352,7 +355,8 @@ class PackedLayer:
         """Exact tokens as they are read once they are quantized."""
         places = self._places(numbers)
         coded = self.spec.key.decode(self.spec.key.encode(form.to_codes(keys, places)))
-        return form.from_codes(coded, places), self.spec.value.decode(self.spec.value.encode(values))
+        coded_values = self.spec.value.encode(form.values_to_codes(values))
+        return form.from_codes(coded, places), self.spec.value.decode(coded_values)
 
     def _read_before(self, key: Tensor, value: Tensor, new: Tensor, form: KeyForm) -> list[_Axis]:
         """Several new tokens: history and what leaves the window through the codes; exact where there is a

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from rotatekv_fx.cache import keymap
-from rotatekv_fx.cache.codec import Parts
+from rotatekv_fx.cache.codec import Codec, Parts
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
@@ -47,6 +47,7 @@ class AttentionRuntime(nn.Module):
         """
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
+        self.residual: Tensor | None = None  # the block's input, in compiled calls without a cache
         self.centers, self.debug = "key_center" in buffers, debug
         self.decodes = keymap.NAMES[0] in buffers
         for name, tensor in buffers.items():
@@ -123,11 +124,22 @@ class AttentionRuntime(nn.Module):
         return [getattr(self, name) for name in keymap.NAMES] if self.decodes else []
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
-        """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated."""
+        """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated, compensated."""
         if self.rope is None:
             return key
         centered = key - self._mean(key, positions) if self.centers else key
-        return ops.rotate(centered, self.key_matrix, None, False)
+        rotated = ops.rotate(centered, self.key_matrix, None, False)
+        return self._compensated(rotated, "key_feedback", self.spec.key)
+
+    def values_to_codes(self, value: Tensor) -> Tensor:
+        """An exact value [B, Hkv, N, Dv] as it is quantized: compensated."""
+        return self._compensated(value, "value_feedback", self.spec.value)
+
+    def _compensated(self, x: Tensor, feedback: str, codec: Codec) -> Tensor:
+        if feedback not in self._buffers:
+            return x
+        q = codec.quantizer
+        return ops.compensate(x, self._buffers[feedback], q.bits, q.group, q.clip)
 
     def from_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """The inverse of `to_codes`."""
@@ -176,6 +188,8 @@ class AttentionRuntime(nn.Module):
         """What keeps the block's input between hook and attention: the cache's layer, or this thread."""
         if cache is not None:
             return self.layer(cache)
+        if torch.compiler.is_compiling():  # a trace is of one thread
+            return self
         if not hasattr(_calls, "holders"):
             _calls.holders = weakref.WeakKeyDictionary()
         return _calls.holders.setdefault(self, SimpleNamespace(residual=None))

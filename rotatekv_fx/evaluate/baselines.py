@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import DynamicLayer
 
-from rotatekv_fx.cache.codec import Codec, as_exact
-from rotatekv_fx.cache.stores import GrowingStore
+from rotatekv_fx.cache.codec import Codec, Parts, as_exact
 from rotatekv_fx.errors import ConfigError, InputError, StateError
 from rotatekv_fx.evaluate.memory import KVShape, cache_elements
 from rotatekv_fx.evaluate.perplexity import WindowScore, means, score
@@ -54,8 +53,10 @@ class KiviLayer(DynamicLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states[:, :, :0].to(exact)
         self.values = value_states[:, :, :0].to(exact)
-        self.old_keys = GrowingStore((Codec(self.quantizer, heads * dim, self.dtype),))
-        self.old_values = GrowingStore((Codec(self.quantizer, heads, self.dtype),))
+        self.key_codec = Codec(self.quantizer, heads * dim, self.dtype)
+        self.value_codec = Codec(self.quantizer, heads, self.dtype)
+        self.old_keys: Parts = ()
+        self.old_values: Parts = ()
         self.is_initialized = True
 
     def update(
@@ -69,17 +70,20 @@ class KiviLayer(DynamicLayer):
         coded_keys = keys.shape[2] // self.block * self.block
         coded_values = max(0, values.shape[2] - self.residual)
         if coded_keys:
-            self.old_keys.push((self._by_channel(keys[:, :, :coded_keys]),), 0)
+            new = self.key_codec.encode(self._by_channel(keys[:, :, :coded_keys]))
+            self.old_keys = _joined(self.old_keys, new)
         if coded_values:
-            self.old_values.push((values[:, :, :coded_values],), 0)
+            new = self.value_codec.encode(values[:, :, :coded_values])
+            self.old_values = _joined(self.old_values, new)
         self.keys, self.values = keys[:, :, coded_keys:].clone(), values[:, :, coded_values:].clone()
         self.length += key_states.shape[2]
         heads = key_states.shape[1]
-        old_keys = [self._by_token(x, heads) for x in _read(self.old_keys)]
-        return (
-            torch.cat([*old_keys, self.keys.to(self.dtype)], 2),
-            torch.cat([*_read(self.old_values), self.values.to(self.dtype)], 2),
-        )
+        read_keys, read_values = [self.keys.to(self.dtype)], [self.values.to(self.dtype)]
+        if self.old_keys:
+            read_keys.insert(0, self._by_token(self.key_codec.decode(self.old_keys), heads))
+        if self.old_values:
+            read_values.insert(0, self.value_codec.decode(self.old_values))
+        return torch.cat(read_keys, 2), torch.cat(read_values, 2)
 
     def _by_channel(self, keys: Tensor) -> Tensor:
         """[B, H, m g, D] -> [B, H D, m, g]: a channel's g tokens side by side."""
@@ -98,8 +102,9 @@ class KiviLayer(DynamicLayer):
     reorder_cache = crop = reset = batch_repeat_interleave = batch_select_indices = _refuse
 
 
-def _read(store: GrowingStore) -> tuple[Tensor, ...]:
-    return store.read() if len(store) else ()
+def _joined(old: Parts, new: Parts) -> Parts:
+    """Stored tensors one behind the other, without room to spare, which would count as bytes."""
+    return tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True)) if old else new
 
 
 def kivi_cache(model: PreTrainedModel, bits: int = 2, group: int = 32, residual: int = 0) -> Cache:
@@ -127,15 +132,28 @@ def quantized_cache(
     """An empty QuantizedCache of transformers. It reads a step exactly, and earlier ones from its codes.
 
     Args:
-        backend: "hqq" or "quanto"; groups lie along tokens and channels as the backend's default axis has it.
+        backend: "hqq" or "quanto". Groups lie along the axis that transformers recommends for it: 1 for HQQ,
+            consecutive channels of a head and token; 0 for quanto.
+        bits: of a code: 2, 3 (HQQ alone), 4 or 8.
+        group: numbers that share a scale and a zero.
+        residual: recent tokens kept exact, at most.
 
     Raises:
         InputError: the backend is not installed, or refuses these settings.
     """
+    axis = 1 if backend == "hqq" else 0
     try:
-        return QuantizedCache(backend, model.config, nbits=bits, q_group_size=group, residual_length=residual)
+        return QuantizedCache(
+            backend,
+            model.config,
+            nbits=bits,
+            axis_key=axis,
+            axis_value=axis,
+            q_group_size=group,
+            residual_length=residual,
+        )
     except (ImportError, ValueError) as error:
-        package = {"hqq": "hqq", "quanto": "optimum-quanto"}.get(backend, "hqq")
+        package = {"quanto": "optimum-quanto"}.get(backend, "'rotatekv-fx[baselines]'")
         raise InputError(
             f"transformers' QuantizedCache cannot use backend {backend!r} ({error}); pip install {package}, "
             "and choose hqq or quanto."
@@ -193,11 +211,16 @@ def evaluate_caches(
 
 
 def held_nbytes(cache: Cache) -> int:
-    """Bytes of every tensor that a cache's layers hold, in whatever containers and subclasses."""
+    """Bytes of every tensor that a cache's layers hold, in whatever containers and subclasses.
+
+    Wider floating-point numbers count as 16 bits: QuantizedCache keeps scales and recent tokens in the
+    model's dtype, which is float32 for figures and would not be in use.
+    """
     storages = {}
     for tensor in _tensors_in([vars(layer) for layer in cache.layers]):
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        width = max(1, tensor.itemsize // 2) if tensor.is_floating_point() else 1
+        storages[storage.data_ptr()] = storage.nbytes() // width
     return sum(storages.values())
 
 
@@ -213,5 +236,3 @@ def _tensors_in(value: Any) -> Iterable[Tensor]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from _tensors_in(one)
-    elif isinstance(value, GrowingStore):
-        yield from value.tensors()

@@ -2,13 +2,14 @@
 
 Errors of a quantized cache feed on themselves when a model reads what it wrote. Text is sampled at
 temperature 1, since greedy text of small models soon repeats itself on any cache; the untransformed model
-judges it.
+judges it. Perplexities of sampled texts spread widely, as their subjects do. The divergence does not: by how
+much the judge's loss on a text is above that of its writer, an estimate of KL(writer || judge).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
@@ -38,8 +39,9 @@ def long_generation(
         prompts: ids [1, T], all of one length; each is continued once, to the full length (past end tokens).
 
     Returns:
-        A row for each writer: `perplexity` of its text under `model`, its 95% normal `interval` over prompts
-        (None of one), `last_quarter_perplexity`, and `distinct`, the share of different 4-grams.
+        A row for each writer: `perplexity` of its text under `model`, `divergence` in nats a token, both with
+        a 95% normal interval over prompts (None of one) and again of the last quarter alone, and `distinct`,
+        the share of different 4-grams.
 
     Raises:
         InputError: there are no prompts, or prompt and text are longer than the model allows.
@@ -58,17 +60,28 @@ def _judge(
 ) -> dict[str, Any]:
     text = write(writer, prompts, new_tokens, seed)
     losses = torch.stack([_losses(model, row, new_tokens) for row in text])
-    per_text = losses.mean(1).tolist()
-    half = 1.96 * stdev(per_text) / math.sqrt(len(per_text)) if len(per_text) > 1 else None
-    mean = fmean(per_text)
+    gaps = losses - torch.stack([_losses(writer, row, new_tokens) for row in text])
+    last = new_tokens // 4
     return {
-        "texts": len(per_text),
+        "texts": len(text),
         "new_tokens": new_tokens,
-        "perplexity": math.exp(mean),
-        "interval": None if half is None else [math.exp(mean - half), math.exp(mean + half)],
-        "last_quarter_perplexity": math.exp(losses[:, -(new_tokens // 4) :].mean().item()),
+        "perplexity": math.exp(losses.mean().item()),
+        "interval": _interval(losses, math.exp),
+        "last_quarter_perplexity": math.exp(losses[:, -last:].mean().item()),
+        "divergence": gaps.mean().item(),
+        "divergence_interval": _interval(gaps),
+        "last_quarter_divergence": gaps[:, -last:].mean().item(),
         "distinct": fmean(distinct(row[-new_tokens:].tolist()) for row in text),
     }
+
+
+def _interval(losses: Tensor, scale: Callable[[float], float] = float) -> list[float] | None:
+    """Mean of [texts, tokens] less and plus 1.96 standard errors over texts."""
+    per_text = losses.mean(1).tolist()
+    if len(per_text) < 2:
+        return None
+    mean, half = fmean(per_text), 1.96 * stdev(per_text) / math.sqrt(len(per_text))
+    return [scale(mean - half), scale(mean + half)]
 
 
 def write(writer: PreTrainedModel, prompts: Tensor, new_tokens: int, seed: int = 0) -> Tensor:
@@ -89,8 +102,15 @@ def write(writer: PreTrainedModel, prompts: Tensor, new_tokens: int, seed: int =
 
 
 def _losses(model: PreTrainedModel, text: Tensor, new_tokens: int) -> Tensor:
-    """Negative log-likelihood of each of the last `new_tokens` tokens of [N], in nats."""
-    logits = model(input_ids=text[None]).logits[0, -new_tokens - 1 : -1].float()
+    """Negative log-likelihood of each of the last `new_tokens` tokens of [N], in nats.
+
+    The prompt is read first and the rest on its cache, as when it was written: a packed cache chooses its
+    sinks from the prompt.
+    """
+    prompt = text[None, :-new_tokens]
+    first = model(input_ids=prompt, use_cache=True)
+    rest = model(input_ids=text[None, -new_tokens:], past_key_values=first.past_key_values).logits[0, :-1]
+    logits = torch.cat([first.logits[0, -1:], rest]).float()
     return torch.nn.functional.cross_entropy(logits, text[-new_tokens:], reduction="none")
 
 

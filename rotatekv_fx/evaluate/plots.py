@@ -15,27 +15,38 @@ def plot_rate(rows: Sequence[Mapping[str, Any]], untransformed_perplexity: float
     """KL divergence, and perplexity lost, against bits per element: one line a method.
 
     Args:
-        rows: with "method", "bits_per_element", "kl" and "perplexity".
+        rows: with "method", "window", "bits_per_element", "kl" and "perplexity"; a method with a window of
+            exact tokens ("name, window n") is drawn dashed, in the colour of that without.
         untransformed_perplexity: over the same windows.
         path: of the image; its suffix says which kind.
 
     Raises:
         InputError: matplotlib is missing.
     """
-    figure, axes = _figure(2, (11, 4.6))
+    figure, axes = _figure(2, (12, 5.6))
     losses = ("kl", "KL from the untransformed model (nats)"), ("lost", "perplexity lost")
     methods = dict.fromkeys(row["method"] for row in rows)
+    families = list(dict.fromkeys(method.partition(",")[0] for method in methods))
     points = [{**row, "lost": row["perplexity"] - untransformed_perplexity} for row in rows]
     for axis, (column, label) in zip(axes, losses, strict=True):
-        for method, marker in zip(methods, _MARKERS * len(methods), strict=False):
-            line = sorted((p["bits_per_element"], p[column]) for p in points if p["method"] == method)
-            axis.plot(*zip(*line, strict=True), marker=marker, markersize=5, label=method)
+        for method in methods:
+            own = [p for p in points if p["method"] == method]
+            line = sorted((p["bits_per_element"], p[column]) for p in own)
+            number = families.index(method.partition(",")[0]) % len(_MARKERS)
+            axis.plot(
+                *zip(*line, strict=True),
+                color=f"C{number}",
+                marker=_MARKERS[number],
+                markerfacecolor="white" if own[0]["window"] else None,
+                linestyle="--" if own[0]["window"] else "-",
+                label=method,
+            )
         axis.set(xlabel="bits per element, everything counted", ylabel=label)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_yscale("log")
-    axes[1].set_yscale("symlog", linthresh=0.1)  # a loss may be below 0: perplexity alone misleads
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    axes[1].set_yscale("symlog", linthresh=1)  # a loss may be below 0: perplexity alone misleads
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def plot_recall(places: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -96,7 +107,9 @@ def _heat(
     if len(grid) * len(grid[0]) <= 256:
         for y, row in enumerate(grid):
             for x, number in enumerate(row):
-                axis.text(x, y, form.format(number), ha="center", va="center", fontsize=8)
+                red, green, blue, _ = image.cmap(image.norm(number))
+                ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.45 else "white"
+                axis.text(x, y, form.format(number), ha="center", va="center", fontsize=8, color=ink)
     return image
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.kernels.compensate.reference import compensate
 from rotatekv_fx.kernels.hadamard import reference as hadamard
 from rotatekv_fx.kernels.quantize import reference as quantizer
 from rotatekv_fx.ops.registry import check_code, check_equal, check_heads, check_int64, check_ranks, declare
@@ -113,6 +114,45 @@ def _quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tup
         x.new_empty(rows, dtype=torch.float16),
         x.new_empty(rows, dtype=_offset_dtype(scheme)),
     )
+
+
+def _check_compensate(x: Tensor, feedback: Tensor, bits: int, group: int, clip: float) -> None:
+    _check_quantize(x, bits, group, clip, "midpoint", op="compensate")
+    check_ranks("compensate", 3, feedback=feedback)
+    channels, (count, rows, columns) = x.shape[1] * x.shape[3], feedback.shape
+    if rows != columns or count * rows != channels:
+        raise ConfigError(
+            f"compensate: feedback has shape {list(feedback.shape)} for {channels} channels; use [n, m, m] "
+            "with n * m channels."
+        )
+
+
+@declare(
+    "compensate(Tensor x, Tensor feedback, int bits, int group, float clip) -> Tensor",
+    reference=compensate,
+    check=_check_compensate,
+)
+def _compensate(x: Tensor, feedback: Tensor, bits: int, group: int, clip: float) -> Tensor:
+    """Shifts channels so that `quantize` with scheme "midpoint" chooses codes that make up for one another.
+
+    Where an error e of a block of m channels costs e^T M e, with M = U^T D U, U unit upper triangular and D
+    diagonal, that is sum_i D_i (e_i + sum_{j>i} U_ij e_j)^2. Channels are rounded from the last to the first,
+    each aimed at x_i - sum_{j>i} U_ij e_j (successive cancellation, L. Babai, 1986; as used for weights by
+    GPTQ, arXiv 2210.17323, and QuIP, arXiv 2307.13304). Aims stop at their group's range, and its least and
+    largest value stay, so that scale and offset are those of x.
+
+    Args:
+        x: [B, H, S, D], floating point.
+        feedback: U, [n, m, m] with n * m = H * D, of blocks of consecutive flattened channels.
+        bits, group, clip: as given to `quantize` afterwards.
+
+    Returns:
+        fp32 [B, H, S, D].
+
+    Raises:
+        ConfigError: an argument is out of range or does not fit x.
+    """
+    return x.new_empty(x.shape, dtype=torch.float32)
 
 
 def _offset_dtype(scheme: str) -> torch.dtype:

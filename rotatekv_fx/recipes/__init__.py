@@ -1,6 +1,6 @@
 """Recipes: calibration statistics -> transforms of K and V. A new recipe is one file."""
 
-from rotatekv_fx.recipes import centered, none, paper, quarot, rtn
+from rotatekv_fx.recipes import centered, compensated, none, paper, quarot, rtn
 from rotatekv_fx.recipes.base import (
     ChannelTransform,
     LayerPlan,
@@ -20,6 +20,7 @@ __all__ = [
     "Quantizer",
     "Recipe",
     "centered",
+    "compensated",
     "get",
     "names",
     "none",

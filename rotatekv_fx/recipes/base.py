@@ -57,6 +57,8 @@ class LayerPlan:
         before_rope: keys are stored as they were before RoPE, which is applied to them when they are read.
         center: float64 [Hkv, D], removed from keys before RoPE and added back when they are read, or None.
         key, value: channel transforms, or None for none.
+        key_feedback, value_feedback: float64 [n, m, m] of the op `compensate`, which then precedes the
+            quantizer, or None.
         key_quantizer, value_quantizer: None stores exact values in the model's own dtype.
         sinks: largest |values| of the block's input that name exact tokens.
         window: recent tokens that a query reads exactly.
@@ -67,6 +69,8 @@ class LayerPlan:
     center: Tensor | None = None
     key: ChannelTransform | None = None
     value: ChannelTransform | None = None
+    key_feedback: Tensor | None = None
+    value_feedback: Tensor | None = None
     key_quantizer: Quantizer | None = None
     value_quantizer: Quantizer | None = None
     sinks: int = 0

@@ -37,6 +37,8 @@ class CenteredRecipe:
     needs_calibration = True
     needs_linear_rope = True
     default_window = 64
+    power = 0.25  # of the energies that `whitening` divides by
+    compensates = False  # whether codes make up for one another's errors
 
     def plan(
         self, shape: LayerShape, config: RotateKVConfig, statistics: LayerStatistics | None
@@ -54,24 +56,22 @@ class CenteredRecipe:
         assert statistics is not None
         mean = kept_mean(statistics, config.mean_channels)
         heads = _head_group(config.head_group, shape)
-        key = torch.stack(
-            [
-                whitening(covariance, weight)
-                for covariance, weight in zip(
-                    centered_second(statistics, mean), statistics.query_second / statistics.kept, strict=True
-                )
-            ]
-        )
+        query = statistics.query_second / statistics.kept
+        pairs = zip(centered_second(statistics, mean), query, strict=True)
+        key = _across_heads(torch.stack([whitening(*pair, self.power) for pair in pairs]), heads)
         value_mean = statistics.value_sum / statistics.kept
         value_covariance = (
             statistics.value_second / statistics.kept - value_mean[:, :, None] * value_mean[:, None]
         )
         pairs = zip(value_covariance, statistics.value_weight, strict=True)
-        value = torch.stack([whitening(covariance, weight) for covariance, weight in pairs])
+        matrix = torch.stack([whitening(*pair, self.power) for pair in pairs])
+        value = ChannelTransform(matrix, torch.linalg.inv(matrix))
         return LayerPlan(
             center=mean,
-            key=_across_heads(key, heads),
-            value=ChannelTransform(value, torch.linalg.inv(value)),
+            key=key,
+            value=value,
+            key_feedback=feedback(key, query) if self.compensates else None,
+            value_feedback=feedback(value, statistics.value_weight) if self.compensates else None,
             key_quantizer=_quantizer(
                 config.key_bits, config.key_clip, config.group_size, shape.kv_heads * shape.head_dim
             ),
@@ -127,20 +127,44 @@ def centered_second(statistics: LayerStatistics, mean: Tensor) -> Tensor:
     return (statistics.key_second - cross - cross.mT + outer) / statistics.kept
 
 
-def whitening(covariance: Tensor, weight: Tensor) -> Tensor:
-    """A = W^(1/2) U L^(-1/4) H with W^(1/2) C W^(1/2) = U L U^T: x @ A spreads C's energy evenly over
+def whitening(covariance: Tensor, weight: Tensor, power: float = 0.25) -> Tensor:
+    """A = W^(1/2) U L^(-power) H with W^(1/2) C W^(1/2) = U L U^T: x @ A spreads C's energy evenly over
     channels.
 
     Args:
         covariance: [D, D] of what is stored; weight: [D, D] of what it is multiplied with. Zeros give H
             alone.
+        power: 1/4 is best where each channel is rounded by itself, 1/2 leaves all directions alike.
     """
     rotation = hadamard(covariance.shape[0])
     if not bool(weight.any()) or not bool(covariance.any()):
         return rotation
     root = _power(weight, 0.5)
     values, vectors = _floored_eigh(root @ covariance @ root)
-    return root @ vectors @ torch.diag(values**-0.25) @ rotation
+    return root @ vectors @ torch.diag(values**-power) @ rotation
+
+
+def feedback(transform: ChannelTransform, weight: Tensor) -> Tensor | None:
+    """U of the op `compensate` for what `transform` makes of heads whose errors e cost e^T weight e.
+
+    Args:
+        transform: of blocks of whole heads.
+        weight: [Hkv, D, D]; zeros, unknown, give None.
+
+    Returns:
+        [n, m, m], as many blocks as the transform has.
+    """
+    if not bool(weight.any()):
+        return None
+    matrices = torch.stack([_power(one, 1.0) if bool(one.any()) else one for one in weight])
+    per_block = matrices.split(transform.inverse.shape[-1] // weight.shape[-1])
+    blocks = []
+    for inverse, group in zip(transform.inverse, per_block, strict=True):
+        cost = inverse @ torch.block_diag(*group) @ inverse.mT
+        floor = EIGENVALUE_FLOOR * cost.diagonal().mean() * torch.eye(len(cost), dtype=cost.dtype)
+        upper = torch.linalg.cholesky(cost + floor, upper=True)
+        blocks.append(upper / upper.diagonal()[:, None])
+    return torch.stack(blocks)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -72,9 +72,7 @@ def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tupl
     mid, top = (high + low) / 2, 2**bits - 1
     flat = ~(high > low)  # all values equal, or one is NaN
     if scheme == "midpoint":
-        reach = clip * (high - low) / 2
-        scale = _half_scale(2.0 * reach / top)
-        offset = (mid - reach).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+        scale, offset = midpoint_grid(high, low, bits, clip)
         codes = torch.round((values - offset.float()) / scale)
     else:
         xmax, xmin = clip * high, clip * low
@@ -92,6 +90,13 @@ def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tupl
         scale.squeeze(-1).to(torch.float16).contiguous(),
         offset.squeeze(-1).contiguous(),
     )
+
+
+def midpoint_grid(high: Tensor, low: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    """Scale (fp32, a normal fp16 number) and lo (fp16) of groups with these largest and least values."""
+    reach = clip * (high - low) / 2
+    offset = ((high + low) / 2 - reach).clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+    return _half_scale(2.0 * reach / (2**bits - 1)), offset
 
 
 def _half_scale(scale: Tensor) -> Tensor:
