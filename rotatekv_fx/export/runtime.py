@@ -1,0 +1,316 @@
+"""What stands in for a layer's runtime while its model is exported: the cache as inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from rotatekv_fx.cache.codec import as_exact
+from rotatekv_fx.cache.runtime import AttentionRuntime
+from rotatekv_fx.capture import RUNTIME_NAME
+from rotatekv_fx.export import columns
+from rotatekv_fx.export.attention import (
+    Form,
+    attend_to,
+    folded,
+    unpacked,
+    unpacked_keys,
+    unpacked_values,
+)
+from rotatekv_fx.export.fold import Mean, fold_inverse, mean_at
+from rotatekv_fx.export.functions import Choice, Functions
+from rotatekv_fx.export.state import (
+    SIDES,
+    SINKS,
+    State,
+    Step,
+    chosen_sinks,
+    encode,
+    history_names,
+    kept_sinks,
+    push,
+)
+from rotatekv_fx.kernels.attention import reference as attention
+from rotatekv_fx.kernels.hadamard import reference as hadamard
+from rotatekv_fx.report import SiteReport
+
+_REFERENCES = {"rotate": hadamard.rotate, "attend": attention.attend}
+
+
+class ExportCache(DynamicCache):
+    """A cache whose layers only count tokens; the states of packed layers are beside them.
+
+    Attributes:
+        states: of each layer before the step.
+        outputs: of each layer, what the step makes: new rows of the history, and the other tensors anew.
+    """
+
+    def __init__(self, config: Any, step: Step, states: dict[int, State], functions: Functions):
+        super().__init__(config=config)
+        self.step, self.states, self.functions = step, states, functions
+        self.outputs: dict[int, State] = {}
+        self.layers = [_Counter(layer, step) for layer in self.layers]
+
+
+class _Counter(DynamicLayer):
+    """Shows a mask as wide as the sequence, also where the model's own layer would have dropped tokens."""
+
+    def __init__(self, replaced: DynamicLayer, step: Step):
+        super().__init__()
+        self.is_sliding, self.is_initialized, self.counted = replaced.is_sliding, True, step
+        if replaced.is_sliding:
+            self.sliding_window = replaced.sliding_window
+
+    def get_seq_length(self) -> int:
+        return self.counted.tokens - self.counted.new
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.counted.tokens, 0
+
+
+class ExportRuntime(nn.Module):
+    """Has the `update` of an `AttentionRuntime`, on the tensors of an `ExportCache`.
+
+    Where keys go straight to the attention, `update` returns a `Read` in the place of all it returns; where
+    they pass through more of the graph (an inverse rotation and RoPE, or inline attention), tensors.
+    """
+
+    def __init__(self, runtime: AttentionRuntime, site: SiteReport, sliding: bool):
+        super().__init__()
+        self.layer_index, self.spec, self.positions = runtime.layer_index, runtime.spec, runtime.positions
+        self.site, self.sliding = site, sliding
+        self.inline = site.attention == "inline"
+        for name, tensor in runtime.named_buffers(recurse=False):
+            self.register_buffer(name, tensor, persistent=False)
+        self.rotates = runtime.rope is not None
+        self.direct = not self.inline and (self.rotates or not self.positions.stored)
+        self.mean = Mean(runtime.key_center, runtime.rope, self.positions) if runtime.centers else None
+        self.blocks = 0
+        if self.direct and self.spec.key.quantizer is not None:
+            inverse = runtime.key_inverse if self.rotates else None
+            turn, self.blocks = fold_inverse(inverse, self.spec.key, site.head_dim)
+            self.register_buffer("turn", turn, persistent=False)
+        self.residual: Tensor | None = None
+
+    def empty_state(self, batch: int, history: int, recent: int) -> State:
+        """Tensors like those of the layer's cache, with that many tokens."""
+        spec, site = self.spec, self.site
+        dims, heads = (site.head_dim, site.value_dim), site.kv_heads
+        state: State = {}
+        for side, codec, dim in zip(SIDES, (spec.key, spec.value), dims, strict=True):
+            parts = encode(codec, torch.zeros(batch, heads, history, dim, dtype=codec.dtype))
+            rows = (part.movedim(2, 0).contiguous() for part in parts)
+            state |= dict(zip(history_names(codec, side), rows, strict=True))
+        for side, dim in zip(SIDES, dims, strict=True):
+            if spec.window:
+                shape = (batch, heads, recent, dim)
+                state[f"recent_{side}s"] = torch.zeros(shape, dtype=spec.exact_dtype)
+            if spec.sinks:
+                shape = (batch, heads, spec.sinks, dim)
+                state[f"sink_{side}s"] = torch.zeros(shape, dtype=spec.exact_dtype)
+        if spec.sinks:
+            state["sink_scores"] = torch.full((batch, spec.sinks), -1.0)
+            state["sink_tokens"] = torch.full((batch, spec.sinks), -1, dtype=torch.int32)
+        return state
+
+    def observe(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the enclosing block: keep its input [B, S, C]."""
+        leaves = (*args, *kwargs.values())
+        self.residual = next(t for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+
+    def take_residual(self, cache: ExportCache) -> Tensor | None:
+        """What `observe` kept, once."""
+        residual, self.residual = self.residual, None
+        return residual
+
+    def update(
+        self,
+        cache: ExportCache,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Any, ...]:
+        """As `AttentionRuntime.update`; the new state goes to `cache.outputs`."""
+        step, state, spec = cache.step, cache.states[self.layer_index], self.spec
+        new = cache.outputs[self.layer_index] = {}
+        start, device = step.tokens - step.new, key.device
+        queries = torch.arange(step.new, device=device) + start
+        visible = columns.visible_tokens(mask, queries, step.tokens)
+        if spec.window:  # as in packed layers: codes must not depend on when a token is quantized
+            key, value = (as_exact(x, spec.exact_dtype).to(x.dtype) for x in (key, value))
+        leaving, exact, recent = (key, value), (key[:, :, :0], value[:, :, :0]), 0
+        if spec.window:
+            recent = state["recent_keys"].shape[2]
+            exact = _joined(state, "recent", (key, value))
+            for name, x in zip(SIDES, exact, strict=True):
+                new[f"recent_{name}s"] = as_exact(x.index_select(2, step.staying), spec.exact_dtype)
+            leaving = tuple(x.index_select(2, step.leaving) for x in exact)
+        history = next(iter(state.values())).shape[0]
+        first = start - recent - history
+        numbers = [torch.arange(history + leaving[0].shape[2], device=device) + first]
+        tensors: State = {}
+        if self.mean is not None:
+            tensors |= {"features": self._features(step, numbers[0]), "spread": self.mean.spread}
+        if self.rotates:
+            tensors["inverse"] = self.key_inverse
+        coded = self._to_codes(leaving[0], tensors, history)
+        tensors |= push(spec.key, "key", state, coded, new)
+        tensors |= push(spec.value, "value", state, leaving[1], new)
+        seen = [columns.coded(visible, numbers[0], queries, spec.window)]
+        if spec.sinks:
+            new |= self._choose_sinks(cache, state, residual, columns.see_themselves(visible, queries), key, value)
+            tokens = new["sink_tokens"].long()
+            seen[0] = columns.without_sinks(seen[0], tokens, first)
+            seen.append(columns.sinks(visible, tokens, queries, spec.window))
+            numbers.append(tokens)
+            exact = _joined(new, "sink", exact)
+        if spec.window:
+            numbers.append(torch.arange(recent + step.new, device=device) + (start - recent))
+            seen.append(columns.exact(visible, numbers[-1], queries, spec.window))
+        every = [s.expand(key.shape[0], -1, -1, -1) for s in seen]
+        tensors["seen_codes"] = every[0]
+        tensors["seen_exact"] = torch.cat(every[1:], -1) if every[1:] else every[0][..., :0]
+        tensors["exact_keys"], tensors["exact_values"] = exact
+        return self._result(Read(self, cache, tensors), numbers, mask)
+
+    def _to_codes(self, key: Tensor, tensors: State, history: int) -> Tensor:
+        """Exact keys [B, Hkv, E, D], tokens from column `history` on, as they are quantized."""
+        if self.mean is not None:
+            key = key - mean_at(tensors["features"][:, history:], self.mean.spread)
+        return hadamard.rotate(key, self.key_matrix, None, False) if self.rotates else key
+
+    def _choose_sinks(
+        self, cache: ExportCache, state: State, residual: Tensor, own: Tensor, key: Tensor, value: Tensor
+    ) -> State:
+        step, count = cache.step, self.spec.sinks
+        first = torch.zeros(1, dtype=torch.int64, device=key.device) + (step.tokens - step.new)
+        tensors = {n: state[n] for n in SINKS}
+        tensors |= {"residual": residual, "own": own, "key": key, "value": value, "first": first}
+        outputs = [(state[n].dtype, state[n].shape) for n in SINKS]
+        choice = Choice(chosen_sinks, kept_sinks, count)
+        chosen = cache.functions.call(choice, step.prompt & step.several, tensors, outputs)
+        return dict(zip(SINKS, chosen, strict=True))
+
+    def _features(self, step: Step, numbers: Tensor) -> Tensor:
+        """Rows [B, N, F] of the position term of tokens `numbers`; layers of a kind share them."""
+        name = (self.positions.key, self.sliding)
+        if name not in step.memo:
+            step.memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
+        return step.memo[name]
+
+    def _result(self, read: Read, numbers: list[Tensor], mask: Tensor | None) -> tuple[Any, ...]:
+        if self.direct:
+            return read, read, read
+        ids = read.cache.step.position_ids
+        every = torch.cat([n.expand(ids.shape[0], -1) for n in numbers], 1).clamp(min=0)
+        rows = self.positions.decode((ids.gather(1, every).int()[:, None, :, None],))
+        rows = () if self.rotates else rows
+        keys = unpacked_keys(self.spec.key, read.tensors)
+        if not self.inline:
+            return read, keys, read, *rows
+        visible = torch.cat([read.tensors["seen_codes"], read.tensors["seen_exact"]], -1)
+        if mask is not None and mask.dtype is not torch.bool:
+            zeros = torch.zeros_like(visible, dtype=mask.dtype)
+            visible = zeros.masked_fill(~visible, torch.finfo(mask.dtype).min)
+        return visible, keys, unpacked_values(self.spec.value, read.tensors), *rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What a step of one layer reads: C coded columns, then X exact ones.
+
+    Attributes:
+        tensors: key and value parts of the coded columns (tokens at axis 2); exact_keys and exact_values
+            [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and [B, 1, S, X], which columns each
+            query sees; and, where the layer has them, inverse, features and spread.
+    """
+
+    runtime: ExportRuntime
+    cache: ExportCache
+    tensors: State
+
+    def attend(
+        self, query: Tensor, keys: Tensor | None, scale: float, softcap: float, sink_logits: Tensor | None
+    ) -> Tensor:
+        """Softmax attention [B, S, Hq, Dv] of [B, Hq, S, D] queries.
+
+        Args:
+            keys: [B, Hkv, C + X, D] where the graph made them of what `update` returned.
+        """
+        spec, tensors = self.runtime.spec, {"query": query, **self.tensors}
+        form = Form(spec.key, spec.value, scale, softcap, self.runtime.blocks)
+        if sink_logits is not None:
+            tensors["sink_logits"] = sink_logits
+        if keys is not None:
+            return attend_to(form, tensors, keys)
+        if not self.runtime.blocks:
+            return unpacked(form, tensors)
+        tensors["turn"] = self.runtime.turn
+        batch, heads, tokens, _ = query.shape
+        shape = (batch, tokens, heads, self.runtime.site.value_dim)
+        several = self.cache.step.several
+        (result,) = self.cache.functions.call(
+            Choice(unpacked, folded, form), several, tensors, [(query.dtype, shape)]
+        )
+        return result
+
+
+def _joined(state: State, kind: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Exact tokens of the state, then `pair`."""
+    key, value = (
+        torch.cat([state[f"{kind}_{name}s"].to(x.dtype), x], 2) for name, x in zip(SIDES, pair, strict=True)
+    )
+    return key, value
+
+
+class Lowered(TorchFunctionMode):
+    """Runs the package's ops as plain torch, and `attend` on a `Read`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace != "rotatekv":
+            return func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if name == "attend" and isinstance(args[2], Read):
+            query, key, read, _, scale, softcap, sink_logits, _ = args
+            return read.attend(query, None if key is read else key, scale, softcap, sink_logits)
+        return _REFERENCES[name](*args)
+
+
+@contextlib.contextmanager
+def exporting(model: nn.Module, sites: tuple[SiteReport, ...]) -> Iterator[dict[int, ExportRuntime]]:
+    """Put an `ExportRuntime` in the place of each layer's runtime, and take them out again.
+
+    Yields:
+        The runtimes by layer.
+    """
+    kinds = DynamicCache(config=model.config).layers
+    replaced: dict[nn.Module, AttentionRuntime] = {}
+    hooks: list[tuple[dict[int, Any], int, Any]] = []
+    runtimes: dict[int, ExportRuntime] = {}
+    try:
+        for site in sites:
+            module = model.get_submodule(site.name)
+            runtime = replaced[module] = module.get_submodule(RUNTIME_NAME)
+            stand_in = ExportRuntime(runtime, site, kinds[site.layer_index].is_sliding)
+            module.add_module(RUNTIME_NAME, stand_in)
+            runtimes[site.layer_index] = stand_in
+            for block in model.modules():
+                for key, hook in block._forward_pre_hooks.items():
+                    if getattr(hook, "__self__", None) is runtime:
+                        hooks.append((block._forward_pre_hooks, key, hook))
+                        block._forward_pre_hooks[key] = stand_in.observe
+        yield runtimes
+    finally:
+        for module, runtime in replaced.items():
+            module.add_module(RUNTIME_NAME, runtime)
+        for registry, key, hook in hooks:
+            registry[key] = hook
