@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.export.codes import value_products
-from rotatekv_fx.export.fold import folded_scores, mean_at
-from rotatekv_fx.export.state import State, base_of, decode, side_of
+from rotatekv_fx.export.fold import folded_scores
+from rotatekv_fx.export.state import State, base_of, decode, mean_at, side_of
 from rotatekv_fx.kernels.attention import reference as attention
 from rotatekv_fx.kernels.hadamard import reference as hadamard
 

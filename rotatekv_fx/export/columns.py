@@ -44,11 +44,11 @@ def sinks(visible: Tensor, tokens: Tensor, queries: Tensor, window: int) -> Tens
     return seen & outside[:, None]
 
 
-def without_sinks(visible: Tensor, tokens: Tensor, first: int) -> Tensor:
+def without_sinks(visible: Tensor, tokens: Tensor, first: Tensor) -> Tensor:
     """Hide the codes of sink tokens.
 
     Args:
-        visible: [B or 1, 1, S, C], of tokens `first` onwards.
+        visible: [B or 1, 1, S, C], of tokens `first` [1] onwards.
         tokens: int64 [B, count], -1 for none.
     """
     length = visible.shape[-1]

@@ -57,11 +57,6 @@ def folded_scores(codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor,
     return summed.reshape(batch, query_heads, tokens, codes.shape[2])
 
 
-def mean_at(features: Tensor, spread: Tensor) -> Tensor:
-    """Rows of features [B, N, F] and [Hkv, F, D] -> the mean at their positions, [B, Hkv, N, D]."""
-    return features[:, None] @ spread
-
-
 class Mean(nn.Module):
     """RoPE of the keys' calibrated mean, from rows of distinct cosines and sines.
 

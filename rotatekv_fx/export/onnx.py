@@ -29,7 +29,7 @@ try:
     import onnxscript  # noqa: F401  torch.onnx needs it
     from onnx import TensorProto, helper
 
-    from rotatekv_fx.export.functions import Functions
+    from rotatekv_fx.export.parts import Parts
     from rotatekv_fx.export.generation import Decoder
 except ImportError as error:  # of the extra, see export_onnx
     _MISSING: ImportError | None = error
@@ -93,9 +93,9 @@ def export_onnx(
 class _Traced(nn.Module):
     """The whole model as a function of token ids and the cache's tensors."""
 
-    def __init__(self, model: nn.Module, functions: Functions):
+    def __init__(self, model: nn.Module, parts: Parts):
         super().__init__()
-        self.model, self.functions = model, functions
+        self.model, self.parts = model, parts
         self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -117,18 +117,18 @@ class _Traced(nn.Module):
         """
         total, new = attention_mask.shape[1], input_ids.shape[1]
         positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        queries = torch.arange(new, device=input_ids.device) + (total - new)
         moves = moved.get("leaving"), moved.get("staying")
-        step = Step(total, new, positions, prompt, several, *moves, {})
+        step = Step(total, new, queries, positions, prompt, several, *moves, {})
         cache = ExportCache(
-            self.model.config, step, {int(k): v for k, v in states.items()}, self.functions
+            self.model.config, step, {int(k): v for k, v in states.items()}, self.parts
         )
-        own = torch.arange(new, device=input_ids.device) + (total - new)
         arguments: dict[str, Any] = {"logits_to_keep": logits_at} if self.selects else {}
         with Lowered():
             logits = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                position_ids=positions.index_select(1, own),
+                position_ids=positions.index_select(1, queries),
                 past_key_values=cache,
                 use_cache=True,
                 **arguments,
@@ -175,11 +175,11 @@ def _trace(model: nn.Module, runtimes: dict[int, ExportRuntime], opset: int) -> 
         "moved": {name: {0: dim(name, min=0)} for name in moved},
         "states": {k: {t: varying(t, runtimes[int(k)]) for t in state} for k, state in states.items()},
     }
-    functions = Functions()
+    parts = Parts()
     pairs = [(layer, name) for layer, state in states.items() for name in state]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Traced(model, functions).eval(),
+            _Traced(model, parts).eval(),
             (),
             kwargs=example,
             dynamic_shapes=shapes,
@@ -193,7 +193,7 @@ def _trace(model: nn.Module, runtimes: dict[int, ExportRuntime], opset: int) -> 
             verbose=False,
         )
         graph = program.model_proto
-        functions.put_into(graph, opset)
+        parts.put_into(graph, opset)
     _derive_inputs(graph, window)
     _clean(graph)
     return graph

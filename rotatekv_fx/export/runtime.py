@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rotatekv_fx.cache.codec import as_exact
 from rotatekv_fx.cache.runtime import AttentionRuntime
 from rotatekv_fx.capture import RUNTIME_NAME
 from rotatekv_fx.export import columns
@@ -24,8 +23,8 @@ from rotatekv_fx.export.attention import (
     unpacked_keys,
     unpacked_values,
 )
-from rotatekv_fx.export.fold import Mean, fold_inverse, mean_at
-from rotatekv_fx.export.functions import Choice, Functions
+from rotatekv_fx.export.fold import Mean, fold_inverse
+from rotatekv_fx.export.parts import Part, Parts
 from rotatekv_fx.export.state import (
     SIDES,
     SINKS,
@@ -35,7 +34,7 @@ from rotatekv_fx.export.state import (
     encode,
     history_names,
     kept_sinks,
-    push,
+    stored,
 )
 from rotatekv_fx.kernels.attention import reference as attention
 from rotatekv_fx.kernels.hadamard import reference as hadamard
@@ -52,9 +51,9 @@ class ExportCache(DynamicCache):
         outputs: of each layer, what the step makes: new rows of the history, and the other tensors anew.
     """
 
-    def __init__(self, config: Any, step: Step, states: dict[int, State], functions: Functions):
+    def __init__(self, config: Any, step: Step, states: dict[int, State], parts: Parts):
         super().__init__(config=config)
-        self.step, self.states, self.functions = step, states, functions
+        self.step, self.states, self.parts = step, states, parts
         self.outputs: dict[int, State] = {}
         self.layers = [_Counter(layer, step) for layer in self.layers]
 
@@ -140,65 +139,75 @@ class ExportRuntime(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Any, ...]:
         """As `AttentionRuntime.update`; the new state goes to `cache.outputs`."""
-        step, state, spec = cache.step, cache.states[self.layer_index], self.spec
-        new = cache.outputs[self.layer_index] = {}
-        start, device = step.tokens - step.new, key.device
-        queries = torch.arange(step.new, device=device) + start
-        visible = columns.visible_tokens(mask, queries, step.tokens)
-        if spec.window:  # as in packed layers: codes must not depend on when a token is quantized
-            key, value = (as_exact(x, spec.exact_dtype).to(x.dtype) for x in (key, value))
-        leaving, exact, recent = (key, value), (key[:, :, :0], value[:, :, :0]), 0
+        step, spec, state = cache.step, self.spec, cache.states[self.layer_index]
+        numbers = self._numbers(step, state)
+        visible = columns.visible_tokens(mask, step.queries, step.tokens)
+        new = {"key": key, "value": value, "visible": visible, "queries": step.queries}
+        sinks = self._sinks(cache, state, {**new, "residual": residual}) if spec.sinks else {}
+        tensors = {**state, **sinks, **new, **numbers}
         if spec.window:
-            recent = state["recent_keys"].shape[2]
-            exact = _joined(state, "recent", (key, value))
-            for name, x in zip(SIDES, exact, strict=True):
-                new[f"recent_{name}s"] = as_exact(x.index_select(2, step.staying), spec.exact_dtype)
-            leaving = tuple(x.index_select(2, step.leaving) for x in exact)
-        history = next(iter(state.values())).shape[0]
-        first = start - recent - history
-        numbers = [torch.arange(history + leaving[0].shape[2], device=device) + first]
-        tensors: State = {}
-        if self.mean is not None:
-            tensors |= {"features": self._features(step, numbers[0]), "spread": self.mean.spread}
+            tensors |= {"leaving": step.leaving, "staying": step.staying}
         if self.rotates:
-            tensors["inverse"] = self.key_inverse
-        coded = self._to_codes(leaving[0], tensors, history)
-        tensors |= push(spec.key, "key", state, coded, new)
-        tensors |= push(spec.value, "value", state, leaving[1], new)
-        seen = [columns.coded(visible, numbers[0], queries, spec.window)]
-        if spec.sinks:
-            new |= self._choose_sinks(cache, state, residual, columns.see_themselves(visible, queries), key, value)
-            tokens = new["sink_tokens"].long()
-            seen[0] = columns.without_sinks(seen[0], tokens, first)
-            seen.append(columns.sinks(visible, tokens, queries, spec.window))
-            numbers.append(tokens)
-            exact = _joined(new, "sink", exact)
-        if spec.window:
-            numbers.append(torch.arange(recent + step.new, device=device) + (start - recent))
-            seen.append(columns.exact(visible, numbers[-1], queries, spec.window))
-        every = [s.expand(key.shape[0], -1, -1, -1) for s in seen]
-        tensors["seen_codes"] = every[0]
-        tensors["seen_exact"] = torch.cat(every[1:], -1) if every[1:] else every[0][..., :0]
-        tensors["exact_keys"], tensors["exact_values"] = exact
-        return self._result(Read(self, cache, tensors), numbers, mask)
-
-    def _to_codes(self, key: Tensor, tensors: State, history: int) -> Tensor:
-        """Exact keys [B, Hkv, E, D], tokens from column `history` on, as they are quantized."""
+            tensors["matrix"] = self.key_matrix
         if self.mean is not None:
-            key = key - mean_at(tensors["features"][:, history:], self.mean.spread)
-        return hadamard.rotate(key, self.key_matrix, None, False) if self.rotates else key
+            tensors |= {"features": self._features(step, numbers["coded"]), "spread": self.mean.spread}
+        outputs = self._outputs(step, state, new, numbers)
+        stored_tensors = cache.parts.call(Part(spec, stored), tensors, list(outputs.values()))
+        made = dict(zip(outputs, stored_tensors, strict=True))
+        cache.outputs[self.layer_index] = {n: sinks[n] if n in sinks else made[f"new {n}"] for n in state}
+        read = {n: t for n, t in made.items() if not n.startswith("new ")}
+        if self.mean is not None:
+            read |= {"features": tensors["features"], "spread": self.mean.spread}
+        if self.rotates:
+            read["inverse"] = self.key_inverse
+        return self._result(Read(self, cache, read), numbers, sinks, mask)
 
-    def _choose_sinks(
-        self, cache: ExportCache, state: State, residual: Tensor, own: Tensor, key: Tensor, value: Tensor
-    ) -> State:
-        step, count = cache.step, self.spec.sinks
-        first = torch.zeros(1, dtype=torch.int64, device=key.device) + (step.tokens - step.new)
-        tensors = {n: state[n] for n in SINKS}
-        tensors |= {"residual": residual, "own": own, "key": key, "value": value, "first": first}
-        outputs = [(state[n].dtype, state[n].shape) for n in SINKS]
-        choice = Choice(chosen_sinks, kept_sinks, count)
-        chosen = cache.functions.call(choice, step.prompt & step.several, tensors, outputs)
-        return dict(zip(SINKS, chosen, strict=True))
+    def _numbers(self, step: Step, state: State) -> State:
+        """Numbers of the tokens in the coded columns and of the exact ones; layers of a kind share them."""
+        if ("coded", self.sliding) not in step.memo:
+            device, start = step.queries.device, step.tokens - step.new
+            recent = state["recent_keys"].shape[2] if self.spec.window else 0
+            leaving = step.leaving.shape[0] if self.spec.window else step.new
+            history = next(iter(state.values())).shape[0]
+            first = start - recent - history
+            made = {
+                "coded": torch.arange(history + leaving, device=device) + first,
+                "exact": torch.arange(recent + step.new, device=device) + (start - recent),
+                "first": torch.zeros(1, dtype=torch.int64, device=device) + first,
+            }
+            step.memo.update({(name, self.sliding): tensor for name, tensor in made.items()})
+        return {name: step.memo[name, self.sliding] for name in ("coded", "exact", "first")}
+
+    def _sinks(self, cache: ExportCache, state: State, new: State) -> State:
+        """The sinks after the step."""
+        before = {name: state[name] for name in SINKS}
+        outputs = [(t.dtype, t.shape) for t in before.values()]
+        choose = cache.step.prompt & cache.step.several
+        part = Part(self.spec.sinks, chosen_sinks, kept_sinks)
+        return dict(zip(SINKS, cache.parts.call(part, {**before, **new}, outputs, choose), strict=True))
+
+    def _outputs(
+        self, step: Step, state: State, new: State, numbers: State
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Names, dtypes and shapes of what `stored` returns; a "new " one goes to the layer's state."""
+        key, value, spec = new["key"], new["value"], self.spec
+        (batch, heads, tokens, _), coded = key.shape, numbers["coded"].shape[0]
+        history = [n for codec, side in zip((spec.key, spec.value), SIDES, strict=True) for n in history_names(codec, side)]
+        leaving = step.leaving.shape[0] if spec.window else tokens
+        exact = spec.sinks + (numbers["exact"].shape[0] if spec.window else 0)
+        made = {f"new {n}": (state[n].dtype, (leaving, *state[n].shape[1:])) for n in history}
+        if spec.window:
+            staying = step.staying.shape[0]
+            for name, x in (("recent_keys", key), ("recent_values", value)):
+                made[f"new {name}"] = spec.exact_dtype, (batch, heads, staying, x.shape[3])
+        for name in history:
+            _, rows, groups, *rest = state[name].shape
+            made[name] = state[name].dtype, (rows, groups, coded, *rest)
+        made["seen_codes"] = torch.bool, (batch, 1, tokens, coded)
+        made["seen_exact"] = torch.bool, (batch, 1, tokens, exact)
+        for name, x in (("exact_keys", key), ("exact_values", value)):
+            made[name] = x.dtype, (batch, heads, exact, x.shape[3])
+        return made
 
     def _features(self, step: Step, numbers: Tensor) -> Tensor:
         """Rows [B, N, F] of the position term of tokens `numbers`; layers of a kind share them."""
@@ -207,14 +216,11 @@ class ExportRuntime(nn.Module):
             step.memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
         return step.memo[name]
 
-    def _result(self, read: Read, numbers: list[Tensor], mask: Tensor | None) -> tuple[Any, ...]:
+    def _result(self, read: Read, numbers: State, sinks: State, mask: Tensor | None) -> tuple[Any, ...]:
         if self.direct:
             return read, read, read
-        ids = read.cache.step.position_ids
-        every = torch.cat([n.expand(ids.shape[0], -1) for n in numbers], 1).clamp(min=0)
-        rows = self.positions.decode((ids.gather(1, every).int()[:, None, :, None],))
-        rows = () if self.rotates else rows
         keys = unpacked_keys(self.spec.key, read.tensors)
+        rows = () if self.rotates else self._rows(read.cache.step, numbers, sinks)
         if not self.inline:
             return read, keys, read, *rows
         visible = torch.cat([read.tensors["seen_codes"], read.tensors["seen_exact"]], -1)
@@ -222,6 +228,16 @@ class ExportRuntime(nn.Module):
             zeros = torch.zeros_like(visible, dtype=mask.dtype)
             visible = zeros.masked_fill(~visible, torch.finfo(mask.dtype).min)
         return visible, keys, unpacked_values(self.spec.value, read.tensors), *rows
+
+    def _rows(self, step: Step, numbers: State, sinks: State) -> tuple[Tensor, ...]:
+        """The positional inputs of every column."""
+        ids = step.position_ids
+        every = [numbers["coded"].expand(ids.shape[0], -1)]
+        if sinks:
+            every.append(sinks["sink_tokens"].long().clamp(min=0))
+        if self.spec.window:
+            every.append(numbers["exact"].expand(ids.shape[0], -1))
+        return self.positions.decode((ids.gather(1, torch.cat(every, 1)).int()[:, None, :, None],))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,19 +273,9 @@ class Read:
         tensors["turn"] = self.runtime.turn
         batch, heads, tokens, _ = query.shape
         shape = (batch, tokens, heads, self.runtime.site.value_dim)
-        several = self.cache.step.several
-        (result,) = self.cache.functions.call(
-            Choice(unpacked, folded, form), several, tensors, [(query.dtype, shape)]
-        )
+        part, several = Part(form, unpacked, folded), self.cache.step.several
+        (result,) = self.cache.parts.call(part, tensors, [(query.dtype, shape)], several)
         return result
-
-
-def _joined(state: State, kind: str, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Exact tokens of the state, then `pair`."""
-    key, value = (
-        torch.cat([state[f"{kind}_{name}s"].to(x.dtype), x], 2) for name, x in zip(SIDES, pair, strict=True)
-    )
-    return key, value
 
 
 class Lowered(TorchFunctionMode):

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.cache.codec import Codec, as_exact
+from rotatekv_fx.cache.layers import LayerSpec
+from rotatekv_fx.export import columns
 from rotatekv_fx.kernels.attention import reference as attention
+from rotatekv_fx.kernels.hadamard import reference as hadamard
 from rotatekv_fx.kernels.quantize import reference as quantizer
 
 State = dict[str, Tensor]
@@ -30,6 +33,7 @@ class Step:
     Attributes:
         tokens: T, tokens with the new ones.
         new: S, new tokens.
+        queries: int64 [S], their numbers.
         position_ids: [B, T].
         prompt: bool [], whether new tokens may become sinks.
         several: bool [], whether there is more than one.
@@ -40,6 +44,7 @@ class Step:
 
     tokens: int
     new: int
+    queries: Tensor
     position_ids: Tensor
     prompt: Tensor
     several: Tensor
@@ -78,35 +83,70 @@ def side_of(tensors: State, side: str) -> tuple[Tensor, ...]:
     return tuple(tensors[f"{side}_{part}"] for part in PARTS if f"{side}_{part}" in tensors)
 
 
-def push(codec: Codec, side: str, state: State, x: Tensor, new: State) -> State:
-    """Quantize tokens [B, H, E, D] and put them behind the history.
+def stored(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
+    """Put new tokens in: a layer's state after the step, and what its attention reads.
 
     Args:
-        new: receives the rows, tokens first.
+        t: the layer's state before the step, with the sinks after it; key and value [B, Hkv, S, D];
+            visible [B or 1, 1, S, T]; queries [S], coded [C] and exact [R + S], numbers of the new tokens, of
+            those in the coded columns and of the exact ones; first [1], number of the first coded column's; leaving and staying, as in `Step`; matrix, and
+            features with spread, where keys are rotated and have a mean.
 
     Returns:
-        All rows by name, tokens at axis 2.
+        New rows of the history, the recent tokens after the step; then the tensors named in READ (the parts
+        of keys and values as the codecs have them).
     """
-    joined = {}
-    for name, part in zip(history_names(codec, side), encode(codec, x), strict=True):
-        new[name] = part.movedim(2, 0).contiguous()
-        joined[name] = torch.cat([state[name], new[name]]).movedim(0, 2)
-    return joined
+    pair = [t["key"], t["value"]]
+    exact, leaving, window = [x[:, :, :0] for x in pair], pair, spec.window
+    if window:  # as in packed layers: codes must not depend on when a token is quantized
+        pair = [as_exact(x, spec.exact_dtype).to(x.dtype) for x in pair]
+        exact = [torch.cat([t[f"recent_{n}s"].to(x.dtype), x], 2) for n, x in zip(SIDES, pair, strict=True)]
+        leaving = [x.index_select(2, t["leaving"]) for x in exact]
+    recent = [as_exact(x.index_select(2, t["staying"]), spec.exact_dtype) for x in exact] if window else []
+    coded, history = leaving[0], t[history_names(spec.key, "key")[0]].shape[0]
+    if "spread" in t:
+        columns_of_new = torch.arange(coded.shape[2], device=coded.device) + history
+        coded = coded - mean_at(t["features"].index_select(1, columns_of_new), t["spread"])
+    if "matrix" in t:
+        coded = hadamard.rotate(coded, t["matrix"], None, False)
+    rows, joined = [], []
+    for side, codec, x in zip(SIDES, (spec.key, spec.value), (coded, leaving[1]), strict=True):
+        for name, part in zip(history_names(codec, side), encode(codec, x), strict=True):
+            rows.append(part.movedim(2, 0).contiguous())
+            joined.append(torch.cat([t[name], rows[-1]]).movedim(0, 2).contiguous())
+    visible, queries = t["visible"], t["queries"]
+    seen = [columns.coded(visible, t["coded"], queries, window)]
+    if spec.sinks:
+        tokens = t["sink_tokens"].long()
+        seen[0] = columns.without_sinks(seen[0], tokens, t["first"])
+        seen.append(columns.sinks(visible, tokens, queries, window))
+        exact = [torch.cat([t[f"sink_{n}s"].to(x.dtype), x], 2) for n, x in zip(SIDES, exact, strict=True)]
+    if window:
+        seen.append(columns.exact(visible, t["exact"], queries, window))
+    batch = pair[0].shape[0]
+    of_codes, *of_exact = (s.expand(batch, -1, -1, -1).clone() for s in seen)
+    of_exact = torch.cat(of_exact, -1) if of_exact else of_codes[..., :0]
+    return *rows, *recent, *joined, of_codes, of_exact, *exact
+
+
+def mean_at(features: Tensor, spread: Tensor) -> Tensor:
+    """Rows of features [B, N, F] and [Hkv, F, D] -> the mean at their positions, [B, Hkv, N, D]."""
+    return features[:, None] @ spread
 
 
 def chosen_sinks(count: int, t: State) -> tuple[Tensor, ...]:
     """The sinks after a step: owners of the largest |values| of the block's input over the prompt.
 
     Args:
-        t: the tensors named in SINKS: sink_scores [B, count], sink_tokens int32 [B, count] (-1 for an unused
-            slot, or one whose token has another), sink_keys and sink_values [B, Hkv, count, D]; and
-            residual [B, S, C], own bool [B or 1, S] (False for padding), key and value [B, Hkv, S, D], exact;
-            first int64 [1], number of the first new token.
+        t: sink_scores [B, count], sink_tokens int32 [B, count] (-1 for an unused slot, or one whose token has
+            another), sink_keys and sink_values [B, Hkv, count, D]; residual [B, S, C]; visible [B or 1, 1, S,
+            T]; queries [S], numbers of the new tokens; key and value [B, Hkv, S, D].
     """
     scores, tokens, *stores = (t[name] for name in SINKS)
-    found, local = attention.select_sinks(t["residual"], t["own"], count)
+    own = columns.see_themselves(t["visible"], t["queries"]).expand(scores.shape[0], -1)
+    found, local = attention.select_sinks(t["residual"], own, count)
     best = torch.cat([scores, found], 1).topk(count, 1)
-    numbers = torch.cat([tokens, torch.where(found < 0, -1, local + t["first"]).int()], 1)
+    numbers = torch.cat([tokens, torch.where(found < 0, -1, local + t["queries"][0]).int()], 1)
     numbers = numbers.gather(1, best.indices)
     earlier = torch.ones(count, count, dtype=torch.bool, device=numbers.device).tril(-1)
     again = ((numbers[:, :, None] == numbers[:, None]) & earlier).any(-1)

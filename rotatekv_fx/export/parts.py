@@ -1,0 +1,157 @@
+"""Parts of the graph that all layers share: an op of our own while the model is traced, exported once.
+
+Tracing is slow, and slower with every symbolic size; the exporter's own functions for conditions trace each
+branch many times. So the model is traced with one op in the place of each part; the parts are exported by
+themselves, and each op is replaced by the nodes of its part, or by an `If` with one part a branch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor, nn
+
+from rotatekv_fx.export.state import State
+
+DOMAIN = "rotatekv_fx.export"
+Function = Callable[[Any, State], Tensor | tuple[Tensor, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """`then(form, tensors)`; or, where a condition does not hold, `other(form, tensors)`."""
+
+    form: Any
+    then: Function
+    other: Function | None = None
+
+
+class Parts:
+    """The parts of one export."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[str, Part, State]] = {}
+
+    def call(
+        self,
+        part: Part,
+        tensors: State,
+        outputs: Sequence[tuple[torch.dtype, Sequence[int]]],
+        condition: Tensor | None = None,
+    ) -> Sequence[Tensor]:
+        """Trace a part.
+
+        Args:
+            tensors: what it reads; sizes that may vary are symbols.
+            outputs: dtype and shape of each result.
+            condition: bool [], where the part has two functions.
+        """
+        sizes = tuple((n, t.dtype, *(_fixed(d) for d in t.shape)) for n, t in tensors.items())
+        name, _, _ = self._made.setdefault((part, sizes), (f"Part{len(self._made)}", part, tensors))
+        return torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{name}",
+            (*(() if condition is None else (condition,)), *tensors.values()),
+            dtypes=[dtype for dtype, _ in outputs],
+            shapes=[shape for _, shape in outputs],
+            version=1,
+        )
+
+    def put_into(self, model: onnx.ModelProto, opset: int) -> None:
+        """Replace the ops by their parts' nodes."""
+        exported = {
+            name: [_export(f, part.form, tensors, opset) for f in (part.then, part.other) if f is not None]
+            for name, part, tensors in self._made.values()
+        }
+        nodes = list(model.graph.node)
+        del model.graph.node[:]
+        for index, node in enumerate(nodes):
+            if node.domain == DOMAIN:
+                model.graph.node.extend(_nodes_of(node, exported[node.op_type], f"{node.op_type}_{index}"))
+            else:
+                model.graph.node.append(node)
+        kept = [o for o in model.opset_import if o.domain != DOMAIN]
+        del model.opset_import[:]
+        model.opset_import.extend(kept)
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _nodes_of(node: onnx.NodeProto, graphs: list[onnx.GraphProto], name: str) -> list[onnx.NodeProto]:
+    """What an op stands for."""
+    if len(graphs) == 1:
+        nodes, made = _instance(graphs[0], list(node.input), name)
+        return nodes + [
+            helper.make_node("Identity", [a.name], [b], name=f"{name}/{b}")
+            for a, b in zip(made, node.output, strict=True)
+        ]
+    branches = []
+    for side, graph in zip(("then", "else"), graphs, strict=True):
+        nodes, made = _instance(graph, list(node.input)[1:], f"{name}/{side}")
+        branches.append(helper.make_graph(nodes, f"{name}/{side}", [], made))
+    then, other = branches
+    output = list(node.output)
+    return [helper.make_node("If", [node.input[0]], output, name=name, then_branch=then, else_branch=other)]
+
+
+class _Module(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Function, form: Any):
+        super().__init__()
+        self.function, self.form = function, form
+
+    def forward(self, tensors: State) -> Tensor | tuple[Tensor, ...]:
+        return self.function(self.form, tensors)
+
+
+def _export(function: Function, form: Any, tensors: State, opset: int) -> onnx.GraphProto:
+    example = {
+        name: torch.zeros([d if isinstance(d, int) else d.node.hint for d in t.shape], dtype=t.dtype)
+        for name, t in tensors.items()
+    }
+    varying = {
+        name: {i: torch.export.Dim.DYNAMIC for i, d in enumerate(t.shape) if not isinstance(d, int)}
+        for name, t in tensors.items()
+    }
+    program = torch.onnx.export(
+        _Module(function, form).eval(),
+        (),
+        kwargs={"tensors": example},
+        dynamic_shapes={"tensors": varying},
+        input_names=list(tensors),
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    return program.model_proto.graph
+
+
+def _instance(
+    graph: onnx.GraphProto, operands: list[str], prefix: str
+) -> tuple[list[onnx.NodeProto], list[onnx.ValueInfoProto]]:
+    """A copy of the graph's nodes that reads `operands`, and its outputs."""
+    own = {i.name: operand for i, operand in zip(graph.input, operands, strict=True)}
+
+    def renamed(name: str) -> str:
+        return name and own.get(name, f"{prefix}/{name}")
+
+    nodes = []
+    for tensor in graph.initializer:
+        value = onnx.TensorProto()
+        value.CopyFrom(tensor)
+        nodes.append(helper.make_node("Constant", [], [renamed(tensor.name)], value=value))
+    for node in graph.node:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.name = f"{prefix}/{node.name}"
+        copied.input[:] = [renamed(n) for n in node.input]
+        copied.output[:] = [renamed(n) for n in node.output]
+        nodes.append(copied)
+    return nodes, [helper.make_value_info(renamed(o.name), o.type) for o in graph.output]
