@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from rotatekv_fx.cache import PositionPlan
 from rotatekv_fx.cache.codec import Codec
+from rotatekv_fx.errors import StateError
 from rotatekv_fx.export.codes import key_products
 from rotatekv_fx.export.state import base_of
 from rotatekv_fx.rope import Rope
 
-_PROBES = 64  # positions at which rows are compared
-_SAME = 1e-6  # largest difference of two columns of cosines or sines that are one
+_PROBES = 64  # positions at which columns of cosines and sines are compared
+_SAME = 1e-5  # largest difference of two that are one
+_SLICES = 4  # up to so many are faster than a gather
 
 
 def fold_inverse(inverse: Tensor | None, codec: Codec, head_dim: int) -> tuple[Tensor, int]:
@@ -58,70 +60,69 @@ def folded_scores(codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor,
 
 
 class Mean(nn.Module):
-    """RoPE of the keys' calibrated mean, from rows of distinct cosines and sines.
+    """RoPE of the keys' calibrated mean, from the rows of cosines and sines that the model's RoPE reads.
 
     Attributes:
         spread: [Hkv, F, D], takes a row of F features to the mean at that position.
+        kept: places of the features in a row of all positional inputs and a one.
     """
 
     def __init__(self, center: Tensor, rope: Rope, positions: PositionPlan):
-        """`center`: [Hkv, D]."""
+        """`center`: [Hkv, D].
+
+        Raises:
+            StateError: RoPE's coefficients are not entries of its rows.
+        """
         super().__init__()
-        self.rope, self.positions = rope, positions
-        partner = torch.arange(rope.dim)
-        if rope.turned:
-            partner, _ = rope.partners(self._rows(torch.arange(_PROBES)[None] * 7))
-        first = torch.arange(rope.dim) <= partner
-        self.register_buffer("halves", torch.stack([first, ~first]).float(), persistent=False)
-        both = self._both(torch.arange(_PROBES)[None] * 7)[0].double()  # [probes, 2 D]
-        kept, spread = _distinct(both)
-        a, b = spread.chunk(2, 1)
-        own = torch.where(first, a, b), torch.where(first, b, a)
-        self.register_buffer("kept", torch.tensor(kept), persistent=False)
+        self.positions = positions if rope.turned else None
+        ids = torch.arange(_PROBES)[None] * 7
+        rows = positions.decode((ids.int()[:, None, :, None],)) if rope.turned else ()
+        partner = rope.partners(rows)[0] if rope.turned else torch.arange(rope.dim)
+        a, b = (t[0] for t in rope.coefficients(partner, rows, _PROBES))
+        entries = self._entries(ids)[0].double()
+        found = [_place(entries, column) for column in torch.cat([a, b], 1).T]
+        self.kept = sorted({place for place, sign in found if sign})
+        made = torch.zeros(2, rope.dim, len(self.kept), dtype=torch.float64)
+        for channel, (place, sign) in enumerate(found):
+            if sign:
+                made.view(-1, len(self.kept))[channel, self.kept.index(place)] = sign
         center = center.double()
-        mean = own[0] * center[:, None] + own[1] * center[:, None, partner] * (partner != torch.arange(rope.dim))
-        self.register_buffer("spread", mean.float(), persistent=False)
+        mean = center[:, :, None] * made[0] + center[:, partner, None] * made[1]
+        self.register_buffer("spread", mean.transpose(1, 2).float().contiguous(), persistent=False)
 
     def features(self, ids: Tensor) -> Tensor:
         """Position ids [B, N] -> [B, N, F]."""
-        return self._both(ids).index_select(-1, self.kept)
+        entries, runs = self._entries(ids), _runs(self.kept)
+        if len(runs) > _SLICES:
+            return entries.index_select(-1, torch.tensor(self.kept))
+        return torch.cat([entries[..., first : first + length] for first, length in runs], -1)
 
-    def _both(self, ids: Tensor) -> Tensor:
-        """RoPE of the pairs' first channels, and of their second: [B, N, 2 D]."""
-        if not self.rope.turned:
-            return self.halves.flatten().expand(*ids.shape, -1)
-        rows = self._rows(ids)
-        turned = [
-            self.rope(half.expand(ids.shape[0], self.rope.heads, ids.shape[1], -1), *rows)[:, 0]
-            for half in self.halves
-        ]
-        return torch.cat(turned, -1)
-
-    def _rows(self, ids: Tensor) -> tuple[Tensor, ...]:
-        return self.positions.decode((ids.int()[:, None, :, None],))
+    def _entries(self, ids: Tensor) -> Tensor:
+        """All positional inputs of a token in one row, and a one: [B, N, any]."""
+        rows = () if self.positions is None else self.positions.decode((ids.int()[:, None, :, None],))
+        return torch.cat([*(r.float() for r in rows), torch.ones(*ids.shape, 1, device=ids.device)], -1)
 
 
-def _distinct(columns: Tensor) -> tuple[list[int], Tensor]:
-    """Columns that are not another's, and how they make all of them.
+def _place(entries: Tensor, column: Tensor) -> tuple[int, float]:
+    """Which of `entries`' columns [n, C] equals `column` [n] or its negative, and the sign; 0 for zeros."""
+    if float(column.abs().max()) <= _SAME:
+        return 0, 0.0
+    for sign in (1.0, -1.0):
+        same = ((entries - sign * column[:, None]).abs().amax(0) <= _SAME).nonzero()
+        if len(same):
+            return int(same[0]), sign
+    raise StateError(
+        "the graph's position term needs a RoPE whose coefficients are entries of its cosines and sines; "
+        "use recipe='paper'."
+    )
 
-    Args:
-        columns: [n, C].
 
-    Returns:
-        Places of the distinct columns, F of them, and float64 [F, C] of 0, 1 and -1.
-    """
-    kept: list[int] = []
-    made = torch.zeros(columns.shape[1], columns.shape[1], dtype=torch.float64)
-    for place, column in enumerate(columns.T):
-        if float(column.abs().max()) <= _SAME:
-            continue
-        others = columns[:, kept]
-        for sign in (1.0, -1.0):
-            same = ((others - sign * column[:, None]).abs().amax(0) <= _SAME).nonzero()
-            if len(same):
-                made[int(same[0]), place] = sign
-                break
+def _runs(places: list[int]) -> list[tuple[int, int]]:
+    """Sorted places as runs of neighbours: first and length of each."""
+    runs: list[tuple[int, int]] = []
+    for place in places:
+        if runs and place == sum(runs[-1]):
+            runs[-1] = runs[-1][0], runs[-1][1] + 1
         else:
-            made[len(kept), place] = 1.0
-            kept.append(place)
-    return kept, made[: len(kept)]
+            runs.append((place, 1))
+    return runs
