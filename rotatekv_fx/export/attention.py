@@ -90,7 +90,8 @@ def _sum_codes(codec: Codec, weights: Tensor, parts: tuple[Tensor, ...], dim: in
     summed = summed + rows @ base_of(codec, parts)[..., None]
     if dim % q.group:
         every = summed.transpose(1, 2).reshape(batch, heads, repeats * tokens, heads, dim)
-        return every.diagonal(0, 1, 3).movedim(-1, 1).reshape(batch, query_heads, tokens, dim)
+        own = torch.eye(heads, device=every.device)[:, None, :, None]
+        return (every * own).sum(3).reshape(batch, query_heads, tokens, dim)
     by_head = summed.reshape(batch, heads, dim // q.group, repeats * tokens, q.group).transpose(2, 3)
     return by_head.reshape(batch, query_heads, tokens, dim)
 

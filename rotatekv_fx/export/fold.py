@@ -54,9 +54,11 @@ def folded_scores(codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor,
     grouped = rows.reshape(batch, blocks, query_heads // blocks * tokens, turn.shape[2] // q.group, q.group)
     weight = grouped.permute(0, 1, 3, 4, 2).flatten(1, 2)  # [B, Ng, group, rows of a block]
     products = key_products(codes, q.bits, weight) * scale.float()[..., None]
-    products = products + base_of(codec, parts)[..., None] * weight.sum(2)[:, :, None]
-    summed = products.unflatten(1, (blocks, turn.shape[2] // q.group)).sum(2).transpose(-1, -2)
-    return summed.reshape(batch, query_heads, tokens, codes.shape[2])
+    groups, columns = turn.shape[2] // q.group, codes.shape[2]
+    summed = products.reshape(batch, blocks, groups, columns, -1).sum(2).transpose(-1, -2)
+    base = base_of(codec, parts).reshape(batch, blocks, groups, columns)
+    weights = weight.sum(2).reshape(batch, blocks, groups, -1).transpose(-1, -2)
+    return (summed + weights @ base).reshape(batch, query_heads, tokens, columns)
 
 
 class Mean(nn.Module):

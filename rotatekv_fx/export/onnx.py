@@ -69,9 +69,10 @@ def export_onnx(
         RotateKVError: the graph is not valid, or does not give the model's logits.
         On any error the folder is left as it was.
     """
-    _check_arguments(model, opset)
-    target = _check_folder(Path(folder))
-    report = api.report(model)
+    target = Path(folder)
+    check_export(target, opset)
+    report = api.report(model)  # refuses a model that is not transformed
+    _check_model(model)
     with exporting(model, report.sites) as runtimes:
         _check_runtimes(model, runtimes)
         graph = _trace(model, runtimes, opset)
@@ -120,6 +121,7 @@ class _Traced(nn.Module):
         queries = torch.arange(new, device=input_ids.device) + (total - new)
         moves = moved.get("leaving"), moved.get("staying")
         step = Step(total, new, queries, positions, prompt, several, *moves, {})
+        self.parts.single = new
         cache = ExportCache(
             self.model.config, step, {int(k): v for k, v in states.items()}, self.parts
         )
@@ -305,12 +307,27 @@ def _check_graph(model: nn.Module, folder: Path) -> None:
         )
 
 
-def _check_arguments(model: nn.Module, opset: int) -> None:
+def check_export(folder: Path, opset: int) -> None:
+    """Refuse what can be known to fail before a model is loaded.
+
+    Raises:
+        ConfigError: the opset is not supported, or the extra "onnx" is not installed.
+        InputError: the folder is not empty, or cannot be written.
+    """
     if _MISSING is not None:
-        raise ConfigError(f"{_MISSING}; install the extra: pip install 'rotatekv-fx[onnx]'.") from _MISSING
-    api.report(model)  # refuses a model that is not transformed
+        raise ConfigError(
+            f"ONNX export needs the extra onnx ({_MISSING}); pip install 'rotatekv-fx[onnx]'."
+        ) from _MISSING
     if type(opset) is not int or not OPSETS[0] <= opset <= OPSETS[1]:
         raise ConfigError(f"opset is {opset!r}; use one from {OPSETS[0]} to {OPSETS[1]}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not an empty folder; name a new one.")
+    above = next(p for p in folder.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"cannot write {folder}: {above} is not a folder that can be written.")
+
+
+def _check_model(model: nn.Module) -> None:
     found = {(p.dtype, p.device.type) for p in model.parameters()}
     if found != {(torch.float32, "cpu")}:
         names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in found))
@@ -357,16 +374,6 @@ def _metadata(
         opset=opset,
         versions={name: version(name) for name in ("rotatekv-fx", "torch", "transformers", "onnx")},
     )
-
-
-def _check_folder(folder: Path) -> Path:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not an empty folder; name a new one.")
-    parent = folder.absolute().parent
-    above = next(p for p in (parent, *parent.parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"cannot write {folder}: {above} is not a folder that can be written.")
-    return folder
 
 
 @contextlib.contextmanager

@@ -32,9 +32,14 @@ class Part:
 
 
 class Parts:
-    """The parts of one export."""
+    """The parts of one export.
+
+    Attributes:
+        single: the symbol of a size that is 1 where a part's second function runs, once it is known.
+    """
 
     def __init__(self) -> None:
+        self.single: torch.SymInt | None = None
         self._made: dict[tuple[Any, ...], tuple[str, Part, State]] = {}
 
     def call(
@@ -64,7 +69,8 @@ class Parts:
     def put_into(self, model: onnx.ModelProto, opset: int) -> None:
         """Replace the ops by their parts' nodes."""
         exported = {
-            name: [_export(f, part.form, tensors, opset) for f in (part.then, part.other) if f is not None]
+            name: [_export(part.then, part.form, tensors, opset, None)]
+            + ([] if part.other is None else [_export(part.other, part.form, tensors, opset, self.single)])
             for name, part, tensors in self._made.values()
         }
         nodes = list(model.graph.node)
@@ -111,26 +117,57 @@ class _Module(nn.Module):
         return self.function(self.form, tensors)
 
 
-def _export(function: Function, form: Any, tensors: State, opset: int) -> onnx.GraphProto:
-    example = {
-        name: torch.zeros([d if isinstance(d, int) else d.node.hint for d in t.shape], dtype=t.dtype)
-        for name, t in tensors.items()
-    }
+def _export(
+    function: Function, form: Any, tensors: State, opset: int, single: torch.SymInt | None
+) -> onnx.GraphProto:
+    def example(size: int | torch.SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        return 1 if str(size) == str(single) else size.node.hint
+
+    def varies(size: int | torch.SymInt) -> bool:
+        return not isinstance(size, int) and str(size) != str(single)
+
+    given = {n: torch.zeros([example(d) for d in t.shape], dtype=t.dtype) for n, t in tensors.items()}
     varying = {
-        name: {i: torch.export.Dim.DYNAMIC for i, d in enumerate(t.shape) if not isinstance(d, int)}
-        for name, t in tensors.items()
+        n: {i: torch.export.Dim.DYNAMIC for i, d in enumerate(t.shape) if varies(d)} for n, t in tensors.items()
     }
     program = torch.onnx.export(
         _Module(function, form).eval(),
         (),
-        kwargs={"tensors": example},
+        kwargs={"tensors": given},
         dynamic_shapes={"tensors": varying},
         input_names=list(tensors),
         opset_version=opset,
         dynamo=True,
         verbose=False,
     )
-    return program.model_proto.graph
+    graph = program.model_proto.graph
+    _infer_sizes(graph)
+    return graph
+
+
+def _infer_sizes(graph: onnx.GraphProto) -> None:
+    """Let a reshape with one unknown size infer it, instead of computing it from other shapes."""
+    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    made = {}
+    for node in graph.node:
+        joined = makers.get(node.input[1]) if node.op_type == "Reshape" else None
+        if joined is None or joined.op_type != "Concat":
+            continue
+        known = [constants.get(name) for name in joined.input]
+        if sum(k is None for k in known) == 1 and not any(0 in k for k in known if k is not None):
+            sizes = np.concatenate([np.array([-1]) if k is None else k for k in known]).astype(np.int64)
+            name = f"{joined.output[0]}_inferred"
+            made[name] = onnx.numpy_helper.from_array(sizes, name)
+            node.input[1] = name
+    graph.initializer.extend(made.values())
+    read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    for node in reversed(list(graph.node)):
+        if not read & set(node.output):
+            graph.node.remove(node)
+            read = {name for n in graph.node for name in n.input} | {o.name for o in graph.output}
 
 
 def _instance(

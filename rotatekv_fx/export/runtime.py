@@ -140,11 +140,12 @@ class ExportRuntime(nn.Module):
     ) -> tuple[Any, ...]:
         """As `AttentionRuntime.update`; the new state goes to `cache.outputs`."""
         step, spec, state = cache.step, self.spec, cache.states[self.layer_index]
-        numbers = self._numbers(step, state)
         visible = columns.visible_tokens(mask, step.queries, step.tokens)
+        numbers = self._numbers(step, state, visible)
         new = {"key": key, "value": value, "visible": visible, "queries": step.queries}
         sinks = self._sinks(cache, state, {**new, "residual": residual}) if spec.sinks else {}
-        tensors = {**state, **sinks, **new, **numbers}
+        tensors = {**state, **sinks, **new}
+        tensors |= {name: numbers[name] for name in ("first", "seen_codes", "seen_exact")}
         if spec.window:
             tensors |= {"leaving": step.leaving, "staying": step.staying}
         if self.rotates:
@@ -162,21 +163,26 @@ class ExportRuntime(nn.Module):
             read["inverse"] = self.key_inverse
         return self._result(Read(self, cache, read), numbers, sinks, mask)
 
-    def _numbers(self, step: Step, state: State) -> State:
-        """Numbers of the tokens in the coded columns and of the exact ones; layers of a kind share them."""
-        if ("coded", self.sliding) not in step.memo:
-            device, start = step.queries.device, step.tokens - step.new
-            recent = state["recent_keys"].shape[2] if self.spec.window else 0
-            leaving = step.leaving.shape[0] if self.spec.window else step.new
+    def _numbers(self, step: Step, state: State, visible: Tensor) -> State:
+        """Numbers of the tokens in the coded columns and of the exact ones, and which of them queries see;
+        layers of a kind share them.
+        """
+        if self.sliding not in step.memo:
+            device, start, window = step.queries.device, step.tokens - step.new, self.spec.window
+            recent = state["recent_keys"].shape[2] if window else 0
+            leaving = step.leaving.shape[0] if window else step.new
             history = next(iter(state.values())).shape[0]
             first = start - recent - history
-            made = {
-                "coded": torch.arange(history + leaving, device=device) + first,
-                "exact": torch.arange(recent + step.new, device=device) + (start - recent),
+            coded = torch.arange(history + leaving, device=device) + first
+            exact = torch.arange(recent + step.new, device=device) + (start - recent)
+            step.memo[self.sliding] = {
+                "coded": coded,
+                "exact": exact,
                 "first": torch.zeros(1, dtype=torch.int64, device=device) + first,
+                "seen_codes": columns.coded(visible, coded, step.queries, window),
+                "seen_exact": columns.exact(visible, exact, step.queries, window),
             }
-            step.memo.update({(name, self.sliding): tensor for name, tensor in made.items()})
-        return {name: step.memo[name, self.sliding] for name in ("coded", "exact", "first")}
+        return step.memo[self.sliding]
 
     def _sinks(self, cache: ExportCache, state: State, new: State) -> State:
         """The sinks after the step."""
@@ -211,10 +217,11 @@ class ExportRuntime(nn.Module):
 
     def _features(self, step: Step, numbers: Tensor) -> Tensor:
         """Rows [B, N, F] of the position term of tokens `numbers`; layers of a kind share them."""
-        name = (self.positions.key, self.sliding)
-        if name not in step.memo:
-            step.memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
-        return step.memo[name]
+        memo = step.memo[self.sliding]
+        name = f"features of {self.positions.key}"
+        if name not in memo:
+            memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
+        return memo[name]
 
     def _result(self, read: Read, numbers: State, sinks: State, mask: Tensor | None) -> tuple[Any, ...]:
         if self.direct:

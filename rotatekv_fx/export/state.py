@@ -39,7 +39,7 @@ class Step:
         several: bool [], whether there is more than one.
         leaving, staying: int64, places among recent and new tokens of those that are quantized, and of those
             that stay exact; None without a window.
-        memo: what layers have in common.
+        memo: what layers have in common, those with a sliding window and those without.
     """
 
     tokens: int
@@ -50,7 +50,7 @@ class Step:
     several: Tensor
     leaving: Tensor | None
     staying: Tensor | None
-    memo: dict[tuple[object, ...], Tensor]
+    memo: dict[bool, State]
 
 
 def history_names(codec: Codec, side: str) -> tuple[str, ...]:
@@ -88,9 +88,10 @@ def stored(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
 
     Args:
         t: the layer's state before the step, with the sinks after it; key and value [B, Hkv, S, D];
-            visible [B or 1, 1, S, T]; queries [S], coded [C] and exact [R + S], numbers of the new tokens, of
-            those in the coded columns and of the exact ones; first [1], number of the first coded column's; leaving and staying, as in `Step`; matrix, and
-            features with spread, where keys are rotated and have a mean.
+            visible [B or 1, 1, S, T]; seen_codes [.., S, C] and seen_exact [.., S, R + S], which of those a
+            query sees in its window or outside; queries [S], numbers of the new tokens; first [1], number of
+            the first coded column's; leaving and staying, as in `Step`; matrix, and features with spread,
+            where keys are rotated and have a mean.
 
     Returns:
         New rows of the history, the recent tokens after the step; then the tensors named in READ (the parts
@@ -109,24 +110,29 @@ def stored(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
         coded = coded - mean_at(t["features"].index_select(1, columns_of_new), t["spread"])
     if "matrix" in t:
         coded = hadamard.rotate(coded, t["matrix"], None, False)
-    rows, joined = [], []
-    for side, codec, x in zip(SIDES, (spec.key, spec.value), (coded, leaving[1]), strict=True):
-        for name, part in zip(history_names(codec, side), encode(codec, x), strict=True):
-            rows.append(part.movedim(2, 0).contiguous())
-            joined.append(torch.cat([t[name], rows[-1]]).movedim(0, 2).contiguous())
-    visible, queries = t["visible"], t["queries"]
-    seen = [columns.coded(visible, t["coded"], queries, window)]
+    rows = [part.movedim(2, 0).contiguous() for part in _encoded(spec, coded, leaving[1])]
+    names = [n for c, side in zip((spec.key, spec.value), SIDES, strict=True) for n in history_names(c, side)]
+    joined = [torch.cat([t[n], row]).movedim(0, 2).contiguous() for n, row in zip(names, rows, strict=True)]
+    seen = [t["seen_codes"]]
     if spec.sinks:
         tokens = t["sink_tokens"].long()
         seen[0] = columns.without_sinks(seen[0], tokens, t["first"])
-        seen.append(columns.sinks(visible, tokens, queries, window))
+        seen.append(columns.sinks(t["visible"], tokens, t["queries"], window))
         exact = [torch.cat([t[f"sink_{n}s"].to(x.dtype), x], 2) for n, x in zip(SIDES, exact, strict=True)]
     if window:
-        seen.append(columns.exact(visible, t["exact"], queries, window))
+        seen.append(t["seen_exact"])
     batch = pair[0].shape[0]
-    of_codes, *of_exact = (s.expand(batch, -1, -1, -1).clone() for s in seen)
+    of_codes, *of_exact = (s.expand(batch, -1, -1, -1) for s in seen)
     of_exact = torch.cat(of_exact, -1) if of_exact else of_codes[..., :0]
     return *rows, *recent, *joined, of_codes, of_exact, *exact
+
+
+def _encoded(spec: LayerSpec, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Parts of keys, then of values; made together where they are stored alike, which halves the nodes."""
+    if spec.key != spec.value or spec.key.quantizer is None or key.shape[3] != value.shape[3]:
+        return [*encode(spec.key, key), *encode(spec.value, value)]
+    both = [part.chunk(2, 1) for part in encode(spec.key, torch.cat([key, value], 1))]
+    return [part[i] for i in range(2) for part in both]
 
 
 def mean_at(features: Tensor, spread: Tensor) -> Tensor:
