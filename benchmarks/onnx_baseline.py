@@ -83,7 +83,8 @@ class Baseline:
         self.heads, self.dim, self.length = shape[1], shape[3], 0
         self.binding = self.session.io_binding()
         self.buffers = [
-            {n: np.zeros((1, self.heads, capacity, self.dim), np.float32) for n in self.layers} for _ in range(2)
+            {n: np.zeros((1, self.heads, capacity, self.dim), np.float32) for n in self.layers}
+            for _ in range(2)
         ]
 
     @property

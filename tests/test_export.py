@@ -18,7 +18,8 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from rotatekv_fx.errors import ConfigError, InputError, RotateKVError, StateError  # noqa: E402
-from rotatekv_fx.export import columns, codes, fold, onnx as exporter  # noqa: E402
+from rotatekv_fx.export import codes, columns, fold  # noqa: E402
+from rotatekv_fx.export import onnx as exporter
 from rotatekv_fx.export.generation import Decoder  # noqa: E402
 from rotatekv_fx.export.schema import Metadata  # noqa: E402
 from rotatekv_fx.kernels.quantize.reference import quantize, unpack  # noqa: E402
@@ -159,7 +160,11 @@ def test_the_graph_is_standard_onnx(centered, paper):
 def test_the_model_is_left_as_it_was(centered):
     model, _ = centered
     found, expected = (
-        m(zoo.prompt()[0]).logits for m in (model, zoo.transformed(zoo.shared("llama", 1), "centered", zoo.shared_calibration("llama", 1), **WINDOW))
+        m(zoo.prompt()[0]).logits
+        for m in (
+            model,
+            zoo.transformed(zoo.shared("llama", 1), "centered", zoo.shared_calibration("llama", 1), **WINDOW),
+        )
     )
     assert torch.equal(found, expected)
 
@@ -246,7 +251,9 @@ def test_a_graph_that_differs_is_not_left_behind(tmp_path, monkeypatch):
         raise RotateKVError("logits differ")
 
     monkeypatch.setattr(exporter, "_check_graph", differs)
-    monkeypatch.setattr(exporter, "_trace", lambda *_: onnx.helper.make_model(onnx.helper.make_graph([], "", [], [])))
+    monkeypatch.setattr(
+        exporter, "_trace", lambda *_: onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
+    )
     monkeypatch.setattr(exporter, "_save", lambda graph, path: path.touch())
     with pytest.raises(RotateKVError, match="logits differ"):
         rk.export_onnx(zoo.packed("llama", "none", 1), tmp_path / "folder")

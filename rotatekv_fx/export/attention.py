@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -27,15 +28,24 @@ class Form:
 
 
 def unpacked(form: Form, t: State) -> Tensor:
-    """Attention [B, S, Hq, Dv] on unpacked keys and values; `t` as `Read.tensors`."""
-    return attend_to(form, t, unpacked_keys(form.key, t))
+    """Attention [B, S, Hq, Dv] on unpacked keys and values.
+
+    Args:
+        t: query [B, Hq, S, D]; the parts of keys and values in the C coded columns, tokens at axis 2;
+            exact_keys and exact_values [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and [B, 1,
+            S, X], which columns each query sees; and, where the layer has them, inverse (of the keys'
+            rotation), features [B, C, F] and spread [Hkv, F, D] (of the mean), and sink_logits [Hq].
+    """
+    keys, values = unpacked_keys(form.key, t), unpacked_values(form.value, t)
+    logits = t.get("sink_logits")
+    return attention.attend(
+        t["query"], keys, values, visible_columns(t), form.scale, form.softcap, logits, False
+    )
 
 
-def attend_to(form: Form, t: State, keys: Tensor) -> Tensor:
-    """Attention on keys [B, Hkv, C + X, D] and unpacked values."""
-    visible, values = torch.cat([t["seen_codes"], t["seen_exact"]], -1), unpacked_values(form.value, t)
-    query, logits = t["query"], t.get("sink_logits")
-    return attention.attend(query, keys, values, visible, form.scale, form.softcap, logits, False)
+def visible_columns(t: State) -> Tensor:
+    """bool [B, 1, S, C + X]."""
+    return torch.cat([t["seen_codes"], t["seen_exact"]], -1)
 
 
 def unpacked_keys(codec: Codec, t: State) -> Tensor:
@@ -77,23 +87,26 @@ def folded(form: Form, t: State) -> Tensor:
 
 
 def _sum_codes(codec: Codec, weights: Tensor, parts: tuple[Tensor, ...], dim: int) -> Tensor:
-    """[B, Hq, S, C] weights of coded values -> [B, Hq, S, Dv]."""
+    """[B, Hq, S, C] weights of coded values -> [B, Hq, S, Dv].
+
+    Heads go together in the smallest spans of whole groups; a head keeps its own channels of its span.
+    """
     batch, query_heads, tokens, columns = weights.shape
-    q, heads = codec.quantizer, codec.heads
-    repeats, (codes, scale, _) = query_heads // heads, parts
-    if dim % q.group:  # a group reaches over heads: every head sums all channels, and keeps its own
-        rows = weights.reshape(batch, 1, query_heads * tokens, columns)
-    else:
-        rows = weights.reshape(batch, heads, repeats * tokens, columns)
-        rows = rows.repeat_interleave(dim // q.group, 1)
-    summed = value_products(rows * scale.float()[:, :, None], codes, q.bits, q.group)
-    summed = summed + rows @ base_of(codec, parts)[..., None]
-    if dim % q.group:
-        every = summed.transpose(1, 2).reshape(batch, heads, repeats * tokens, heads, dim)
-        own = torch.eye(heads, device=every.device)[:, None, :, None]
-        return (every * own).sum(3).reshape(batch, query_heads, tokens, dim)
-    by_head = summed.reshape(batch, heads, dim // q.group, repeats * tokens, q.group).transpose(2, 3)
-    return by_head.reshape(batch, query_heads, tokens, dim)
+    q, (codes, scale, _) = codec.quantizer, parts
+    span = math.lcm(dim, q.group)
+    spans, together, groups = codec.heads * dim // span, span // dim, span // q.group
+    rows = query_heads // codec.heads * tokens
+    weights = weights.reshape(batch, spans, together * rows, columns)
+    if groups > 1:
+        weights = weights.repeat_interleave(groups, 1)
+    summed = value_products(weights * scale.float()[:, :, None], codes, q.bits, q.group)
+    summed = summed + weights @ base_of(codec, parts)[..., None]
+    if groups > 1:
+        summed = summed.reshape(batch, spans, groups, together * rows, q.group).transpose(2, 3)
+    if together > 1:
+        own = torch.eye(together, device=summed.device)[:, None, :, None]
+        summed = (summed.reshape(batch, spans, together, rows, together, dim) * own).sum(4)
+    return summed.reshape(batch, query_heads, tokens, dim)
 
 
 def _per_kv_head(x: Tensor, other: Tensor) -> Tensor:

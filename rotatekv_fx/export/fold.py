@@ -7,6 +7,8 @@ with a row of cosines and sines at n, which all heads and layers share.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -34,14 +36,17 @@ def fold_inverse(inverse: Tensor | None, codec: Codec, head_dim: int) -> tuple[T
     """
     if inverse is None:
         inverse = torch.eye(head_dim)[None]
-    blocks = inverse.expand(codec.heads * head_dim // inverse.shape[-1], -1, -1)
-    if blocks.shape[-1] % codec.quantizer.group:  # groups of channels reach over blocks
-        blocks = torch.block_diag(*blocks)[None]
+    size, channels = inverse.shape[-1], codec.heads * head_dim
+    blocks, span = inverse.expand(channels // size, -1, -1), math.lcm(size, codec.quantizer.group)
+    if span > size:  # groups of channels reach over blocks
+        blocks = torch.stack([torch.block_diag(*some) for some in blocks.split(span // size)])
     turn = blocks.unflatten(2, (-1, head_dim)).permute(0, 2, 3, 1).flatten(0, 1)
     return turn.contiguous(), blocks.shape[0]
 
 
-def folded_scores(codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor, ...], turn: Tensor) -> Tensor:
+def folded_scores(
+    codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor, ...], turn: Tensor
+) -> Tensor:
     """Scores [B, Hq, S, C] of queries [B, Hq, S, D] with coded keys, without their mean.
 
     Args:
@@ -53,12 +58,25 @@ def folded_scores(codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor,
     rows = query.reshape(batch, heads, query_heads // heads * tokens, dim) @ turn
     grouped = rows.reshape(batch, blocks, query_heads // blocks * tokens, turn.shape[2] // q.group, q.group)
     weight = grouped.permute(0, 1, 3, 4, 2).flatten(1, 2)  # [B, Ng, group, rows of a block]
-    products = key_products(codes, q.bits, weight) * scale.float()[..., None]
+    products = _exact_products(codes, q.bits, weight) * scale.float()[..., None]
     groups, columns = turn.shape[2] // q.group, codes.shape[2]
     summed = products.reshape(batch, blocks, groups, columns, -1).sum(2).transpose(-1, -2)
     base = base_of(codec, parts).reshape(batch, blocks, groups, columns)
     weights = weight.sum(2).reshape(batch, blocks, groups, -1).transpose(-1, -2)
     return (summed + weights @ base).reshape(batch, query_heads, tokens, columns)
+
+
+def _exact_products(codes: Tensor, bits: int, weight: Tensor) -> Tensor:
+    """`key_products`, without the rounding errors that large bytes would bring into small products.
+
+    The weights are whole numbers of 8 bits times a step, and a rest. Products of bytes with the former are
+    exact in fp32, and the rest is small.
+    """
+    step = weight.abs().amax((2, 3), keepdim=True).clamp(min=1e-30) / 256.0
+    whole = torch.round(weight / step)
+    products = key_products(codes, bits, torch.cat([whole, weight - whole * step], 3))
+    of_whole, of_rest = products.chunk(2, 3)
+    return of_whole * step + of_rest
 
 
 class Mean(nn.Module):

@@ -193,7 +193,9 @@ class Cache:
         self.prompt_open = True
         self.mask = np.ones((batch, capacity), dtype=np.int64)
         self.window = decoder.metadata.window
-        self._buffers = {f.past: [self._buffer(f) for _ in range(1 if f.is_history else 2)] for f in decoder.fields}
+        self._buffers = {
+            f.past: [self._buffer(f) for _ in range(1 if f.is_history else 2)] for f in decoder.fields
+        }
         self._binding = decoder.session.io_binding()
 
     @property

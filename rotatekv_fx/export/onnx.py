@@ -29,8 +29,8 @@ try:
     import onnxscript  # noqa: F401  torch.onnx needs it
     from onnx import TensorProto, helper
 
-    from rotatekv_fx.export.parts import Parts
     from rotatekv_fx.export.generation import Decoder
+    from rotatekv_fx.export.parts import Parts
 except ImportError as error:  # of the extra, see export_onnx
     _MISSING: ImportError | None = error
 else:
@@ -122,9 +122,7 @@ class _Traced(nn.Module):
         moves = moved.get("leaving"), moved.get("staying")
         step = Step(total, new, queries, positions, prompt, several, *moves, {})
         self.parts.single = new
-        cache = ExportCache(
-            self.model.config, step, {int(k): v for k, v in states.items()}, self.parts
-        )
+        cache = ExportCache(self.model.config, step, {int(k): v for k, v in states.items()}, self.parts)
         arguments: dict[str, Any] = {"logits_to_keep": logits_at} if self.selects else {}
         with Lowered():
             logits = self.model(
@@ -211,14 +209,15 @@ def _derive_inputs(model: onnx.ModelProto, window: int) -> None:
     def number(name: str, value: int, shape: tuple[int, ...] = ()) -> Any:
         return helper.make_tensor(name, TensorProto.INT64, shape, [value])
 
-    graph.initializer.extend([number("one", 1), number("zero", 0), number("window", window)])
     first = next((i.name for i in graph.input if ".recent_" in i.name), None)
     nodes = [
         helper.make_node("Shape", ["input_ids"], ["sequence_shape"], start=1, end=2),
         helper.make_node("Squeeze", ["sequence_shape"], ["sequence_size"]),
         helper.make_node("Greater", ["sequence_size", "one"], ["several"]),
     ]
+    graph.initializer.append(number("one", 1))
     if first is not None:
+        graph.initializer.extend([number("zero", 0), number("window", window)])
         nodes += [
             helper.make_node("Shape", [first], ["recent_shape"], start=2, end=3),
             helper.make_node("Squeeze", ["recent_shape"], ["recent_size"]),
@@ -340,7 +339,9 @@ def _check_model(model: nn.Module) -> None:
 def _check_runtimes(model: nn.Module, runtimes: dict[int, ExportRuntime]) -> None:
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if len(runtimes) != layers:
-        raise StateError(f"{layers - len(runtimes)} of {layers} layers were not transformed; the graph needs all.")
+        raise StateError(
+            f"{layers - len(runtimes)} of {layers} layers were not transformed; the graph needs all."
+        )
     for index, runtime in runtimes.items():
         if runtime.positions.stored and runtime.positions.description != "ids":
             raise StateError(

@@ -130,7 +130,8 @@ def _export(
 
     given = {n: torch.zeros([example(d) for d in t.shape], dtype=t.dtype) for n, t in tensors.items()}
     varying = {
-        n: {i: torch.export.Dim.DYNAMIC for i, d in enumerate(t.shape) if varies(d)} for n, t in tensors.items()
+        n: {i: torch.export.Dim.DYNAMIC for i, d in enumerate(t.shape) if varies(d)}
+        for n, t in tensors.items()
     }
     program = torch.onnx.export(
         _Module(function, form).eval(),

@@ -17,11 +17,11 @@ from rotatekv_fx.capture import RUNTIME_NAME
 from rotatekv_fx.export import columns
 from rotatekv_fx.export.attention import (
     Form,
-    attend_to,
     folded,
     unpacked,
     unpacked_keys,
     unpacked_values,
+    visible_columns,
 )
 from rotatekv_fx.export.fold import Mean, fold_inverse
 from rotatekv_fx.export.parts import Part, Parts
@@ -36,11 +36,8 @@ from rotatekv_fx.export.state import (
     kept_sinks,
     stored,
 )
-from rotatekv_fx.kernels.attention import reference as attention
-from rotatekv_fx.kernels.hadamard import reference as hadamard
+from rotatekv_fx.ops import REFERENCES
 from rotatekv_fx.report import SiteReport
-
-_REFERENCES = {"rotate": hadamard.rotate, "attend": attention.attend}
 
 
 class ExportCache(DynamicCache):
@@ -85,14 +82,13 @@ class ExportRuntime(nn.Module):
         super().__init__()
         self.layer_index, self.spec, self.positions = runtime.layer_index, runtime.spec, runtime.positions
         self.site, self.sliding = site, sliding
-        self.inline = site.attention == "inline"
         for name, tensor in runtime.named_buffers(recurse=False):
             self.register_buffer(name, tensor, persistent=False)
         self.rotates = runtime.rope is not None
-        self.direct = not self.inline and (self.rotates or not self.positions.stored)
         self.mean = Mean(runtime.key_center, runtime.rope, self.positions) if runtime.centers else None
         self.blocks = 0
-        if self.direct and self.spec.key.quantizer is not None:
+        after_rope = self.rotates or not self.positions.stored
+        if after_rope and None not in (self.spec.key.quantizer, self.spec.value.quantizer):
             inverse = runtime.key_inverse if self.rotates else None
             turn, self.blocks = fold_inverse(inverse, self.spec.key, site.head_dim)
             self.register_buffer("turn", turn, persistent=False)
@@ -129,6 +125,34 @@ class ExportRuntime(nn.Module):
         residual, self.residual = self.residual, None
         return residual
 
+    def attend(
+        self,
+        cache: ExportCache,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: tuple[Tensor, ...],
+        residual: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+        causal: bool,
+    ) -> Tensor:
+        """As `AttentionRuntime.attend`; the new state goes to `cache.outputs`."""
+        spec = self.spec
+        tensors = {"query": query, **self._store(cache, key, value, residual, mask).tensors}
+        if sink_logits is not None:
+            tensors["sink_logits"] = sink_logits
+        form = Form(spec.key, spec.value, scale, softcap, self.blocks)
+        if not self.blocks:
+            return unpacked(form, tensors)
+        tensors["turn"] = self.turn
+        batch, heads, tokens, _ = query.shape
+        outputs = [(query.dtype, (batch, tokens, heads, self.site.value_dim))]
+        (result,) = cache.parts.call(Part(form, unpacked, folded), tensors, outputs, cache.step.several)
+        return result
+
     def update(
         self,
         cache: ExportCache,
@@ -137,8 +161,21 @@ class ExportRuntime(nn.Module):
         positions: tuple[Tensor, ...],
         residual: Tensor | None,
         mask: Tensor | None,
-    ) -> tuple[Any, ...]:
+    ) -> tuple[Tensor, ...]:
         """As `AttentionRuntime.update`; the new state goes to `cache.outputs`."""
+        stored_layer = self._store(cache, key, value, residual, mask)
+        tensors = stored_layer.tensors
+        visible = visible_columns(tensors)
+        if mask is not None and mask.dtype is not torch.bool:
+            zeros = torch.zeros_like(visible, dtype=mask.dtype)
+            visible = zeros.masked_fill(~visible, torch.finfo(mask.dtype).min)
+        rows = () if self.rotates else self._rows(cache.step, stored_layer)
+        keys, values = unpacked_keys(self.spec.key, tensors), unpacked_values(self.spec.value, tensors)
+        return visible, keys, values, *rows
+
+    def _store(
+        self, cache: ExportCache, key: Tensor, value: Tensor, residual: Tensor | None, mask: Tensor | None
+    ) -> _Stored:
         step, spec, state = cache.step, self.spec, cache.states[self.layer_index]
         visible = columns.visible_tokens(mask, step.queries, step.tokens)
         numbers = self._numbers(step, state, visible)
@@ -153,15 +190,15 @@ class ExportRuntime(nn.Module):
         if self.mean is not None:
             tensors |= {"features": self._features(step, numbers["coded"]), "spread": self.mean.spread}
         outputs = self._outputs(step, state, new, numbers)
-        stored_tensors = cache.parts.call(Part(spec, stored), tensors, list(outputs.values()))
-        made = dict(zip(outputs, stored_tensors, strict=True))
+        results = cache.parts.call(Part(spec, stored), tensors, list(outputs.values()))
+        made = dict(zip(outputs, results, strict=True))
         cache.outputs[self.layer_index] = {n: sinks[n] if n in sinks else made[f"new {n}"] for n in state}
         read = {n: t for n, t in made.items() if not n.startswith("new ")}
         if self.mean is not None:
             read |= {"features": tensors["features"], "spread": self.mean.spread}
         if self.rotates:
             read["inverse"] = self.key_inverse
-        return self._result(Read(self, cache, read), numbers, sinks, mask)
+        return _Stored(read, numbers, sinks)
 
     def _numbers(self, step: Step, state: State, visible: Tensor) -> State:
         """Numbers of the tokens in the coded columns and of the exact ones, and which of them queries see;
@@ -198,7 +235,11 @@ class ExportRuntime(nn.Module):
         """Names, dtypes and shapes of what `stored` returns; a "new " one goes to the layer's state."""
         key, value, spec = new["key"], new["value"], self.spec
         (batch, heads, tokens, _), coded = key.shape, numbers["coded"].shape[0]
-        history = [n for codec, side in zip((spec.key, spec.value), SIDES, strict=True) for n in history_names(codec, side)]
+        history = [
+            n
+            for codec, side in zip((spec.key, spec.value), SIDES, strict=True)
+            for n in history_names(codec, side)
+        ]
         leaving = step.leaving.shape[0] if spec.window else tokens
         exact = spec.sinks + (numbers["exact"].shape[0] if spec.window else 0)
         made = {f"new {n}": (state[n].dtype, (leaving, *state[n].shape[1:])) for n in history}
@@ -223,79 +264,41 @@ class ExportRuntime(nn.Module):
             memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
         return memo[name]
 
-    def _result(self, read: Read, numbers: State, sinks: State, mask: Tensor | None) -> tuple[Any, ...]:
-        if self.direct:
-            return read, read, read
-        keys = unpacked_keys(self.spec.key, read.tensors)
-        rows = () if self.rotates else self._rows(read.cache.step, numbers, sinks)
-        if not self.inline:
-            return read, keys, read, *rows
-        visible = torch.cat([read.tensors["seen_codes"], read.tensors["seen_exact"]], -1)
-        if mask is not None and mask.dtype is not torch.bool:
-            zeros = torch.zeros_like(visible, dtype=mask.dtype)
-            visible = zeros.masked_fill(~visible, torch.finfo(mask.dtype).min)
-        return visible, keys, unpacked_values(self.spec.value, read.tensors), *rows
-
-    def _rows(self, step: Step, numbers: State, sinks: State) -> tuple[Tensor, ...]:
+    def _rows(self, step: Step, layer: _Stored) -> tuple[Tensor, ...]:
         """The positional inputs of every column."""
+        if not self.positions.stored:
+            return ()
         ids = step.position_ids
-        every = [numbers["coded"].expand(ids.shape[0], -1)]
-        if sinks:
-            every.append(sinks["sink_tokens"].long().clamp(min=0))
+        every = [layer.numbers["coded"].expand(ids.shape[0], -1)]
+        if layer.sinks:
+            every.append(layer.sinks["sink_tokens"].long().clamp(min=0))
         if self.spec.window:
-            every.append(numbers["exact"].expand(ids.shape[0], -1))
+            every.append(layer.numbers["exact"].expand(ids.shape[0], -1))
         return self.positions.decode((ids.gather(1, torch.cat(every, 1)).int()[:, None, :, None],))
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-    """What a step of one layer reads: C coded columns, then X exact ones.
+class _Stored:
+    """A layer after new tokens went in.
 
     Attributes:
-        tensors: key and value parts of the coded columns (tokens at axis 2); exact_keys and exact_values
-            [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and [B, 1, S, X], which columns each
-            query sees; and, where the layer has them, inverse, features and spread.
+        tensors: what its attention reads, as `attention.unpacked` takes it, but for the query.
+        numbers: of the tokens in its columns.
+        sinks: after the step.
     """
 
-    runtime: ExportRuntime
-    cache: ExportCache
     tensors: State
-
-    def attend(
-        self, query: Tensor, keys: Tensor | None, scale: float, softcap: float, sink_logits: Tensor | None
-    ) -> Tensor:
-        """Softmax attention [B, S, Hq, Dv] of [B, Hq, S, D] queries.
-
-        Args:
-            keys: [B, Hkv, C + X, D] where the graph made them of what `update` returned.
-        """
-        spec, tensors = self.runtime.spec, {"query": query, **self.tensors}
-        form = Form(spec.key, spec.value, scale, softcap, self.runtime.blocks)
-        if sink_logits is not None:
-            tensors["sink_logits"] = sink_logits
-        if keys is not None:
-            return attend_to(form, tensors, keys)
-        if not self.runtime.blocks:
-            return unpacked(form, tensors)
-        tensors["turn"] = self.runtime.turn
-        batch, heads, tokens, _ = query.shape
-        shape = (batch, tokens, heads, self.runtime.site.value_dim)
-        part, several = Part(form, unpacked, folded), self.cache.step.several
-        (result,) = self.cache.parts.call(part, tensors, [(query.dtype, shape)], several)
-        return result
+    numbers: State
+    sinks: State
 
 
 class Lowered(TorchFunctionMode):
-    """Runs the package's ops as plain torch, and `attend` on a `Read`."""
+    """Runs the package's ops as plain torch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not isinstance(func, torch._ops.OpOverload) or func.namespace != "rotatekv":
             return func(*args, **(kwargs or {}))
-        name = func._schema.name.partition("::")[2]
-        if name == "attend" and isinstance(args[2], Read):
-            query, key, read, _, scale, softcap, sink_logits, _ = args
-            return read.attend(query, None if key is read else key, scale, softcap, sink_logits)
-        return _REFERENCES[name](*args)
+        return REFERENCES[func._schema.name.partition("::")[2]](*args)
 
 
 @contextlib.contextmanager
