@@ -32,8 +32,8 @@ def unpacked(form: Form, t: State) -> Tensor:
 
     Args:
         t: query [B, Hq, S, D]; the parts of keys and values in the C coded columns, tokens at axis 2;
-            exact_keys and exact_values [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and [B, 1,
-            S, X], which columns each query sees; and, where the layer has them, inverse (of the keys'
+            exact_keys and exact_values [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and
+            [B, 1, S, X], which columns each query sees; and, where the layer has them, inverse (of the keys'
             rotation), features [B, C, F] and spread [Hkv, F, D] (of the mean), and sink_logits [Hq].
     """
     keys, values = unpacked_keys(form.key, t), unpacked_values(form.value, t)

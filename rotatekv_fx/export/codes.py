@@ -8,6 +8,8 @@ unpacking takes several operations a digit. Which channel a digit belongs to: th
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) ->
 def _value_plane(probability: Tensor, codes: Tensor, width: int) -> Tensor:
     """Sums of digits. Bytes are read less 128, which keeps the sums that are subtracted small."""
     sums = [probability @ floored for floored in _floors(codes, width, 128.0)]
-    digits = [a - 2.0**width * b for a, b in zip(sums, sums[1:], strict=False)]
+    digits = [a - 2.0**width * b for a, b in itertools.pairwise(sums)]
     return torch.cat([*digits, sums[-1] + 2.0 ** (width - 1) * probability.sum(-1, keepdim=True)], -1)
 
 

@@ -37,7 +37,7 @@ def exact(visible: Tensor, numbers: Tensor, queries: Tensor, window: int) -> Ten
 
 def sinks(visible: Tensor, tokens: Tensor, queries: Tensor, window: int) -> Tensor:
     """Columns of sink tokens [B, count], -1 for none: seen outside the window."""
-    batch, count = tokens.shape
+    batch = tokens.shape[0]
     places = tokens.clamp(min=0)[:, None, None].expand(-1, 1, queries.shape[0], -1)
     seen = visible.expand(batch, -1, -1, -1).gather(-1, places)
     outside = (tokens >= 0)[:, None] & (tokens[:, None] <= queries[:, None] - window)

@@ -301,8 +301,8 @@ def _check_graph(model: nn.Module, folder: Path) -> None:
         largest = max(largest, float(expected.abs().max()))
     if not worst <= _AGREEMENT * max(1.0, largest):
         raise RotateKVError(
-            f"the exported graph's logits differ from the model's by {worst:.2g} (largest logit {largest:.2g}); "
-            "please report this with the model's config."
+            f"the exported graph's logits differ from the model's by {worst:.2g} (largest logit "
+            f"{largest:.2g}); please report this with the model's config."
         )
 
 
@@ -345,8 +345,8 @@ def _check_runtimes(model: nn.Module, runtimes: dict[int, ExportRuntime]) -> Non
     for index, runtime in runtimes.items():
         if runtime.positions.stored and runtime.positions.description != "ids":
             raise StateError(
-                f"layer {index} stores rows of its rotary embedding, since they depend on more than a token's "
-                "position (dynamic RoPE scaling); such models cannot be exported."
+                f"layer {index} stores rows of its rotary embedding, since they depend on more than a "
+                "token's position (dynamic RoPE scaling); such models cannot be exported."
             )
         if runtime.spec.exact_dtype is torch.bfloat16:
             raise StateError(f"layer {index} keeps exact tokens in bfloat16, which NumPy has not.")

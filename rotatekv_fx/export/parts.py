@@ -11,9 +11,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from rotatekv_fx.export.state import State
@@ -150,18 +151,21 @@ def _export(
 
 def _infer_sizes(graph: onnx.GraphProto) -> None:
     """Let a reshape with one unknown size infer it, instead of computing it from other shapes."""
-    constants = {i.name: onnx.numpy_helper.to_array(i) for i in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    for name, node in makers.items():
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[name] = numpy_helper.to_array(node.attribute[0].t)
     made = {}
     for node in graph.node:
         joined = makers.get(node.input[1]) if node.op_type == "Reshape" else None
         if joined is None or joined.op_type != "Concat":
             continue
         known = [constants.get(name) for name in joined.input]
-        if sum(k is None for k in known) == 1 and not any(0 in k for k in known if k is not None):
+        if sum(k is None for k in known) == 1 and all(k is None or k.min() > 0 for k in known):
             sizes = np.concatenate([np.array([-1]) if k is None else k for k in known]).astype(np.int64)
             name = f"{joined.output[0]}_inferred"
-            made[name] = onnx.numpy_helper.from_array(sizes, name)
+            made[name] = numpy_helper.from_array(sizes, name)
             node.input[1] = name
     graph.initializer.extend(made.values())
     read = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}

@@ -52,7 +52,7 @@ class Metadata:
         fields = json.loads(text)
         if fields["format"] > FORMAT:
             raise ValueError(
-                f"the graph has format {fields['format']} and this package reads {FORMAT}; update rotatekv_fx."
+                f"the graph has format {fields['format']}, this package reads {FORMAT}; update rotatekv_fx."
             )
         return cls(**fields)
 
