@@ -76,8 +76,8 @@ def export_baseline(model: nn.Module, path: Path) -> None:
 class Baseline:
     """A session of that graph with one sequence; two sets of buffers take turns, as past and as present."""
 
-    def __init__(self, path: Path, options: onnxruntime.SessionOptions, capacity: int):
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    def __init__(self, session: onnxruntime.InferenceSession, capacity: int):
+        self.session = session
         self.layers = [i.name.removeprefix("past.") for i in self.session.get_inputs() if "past." in i.name]
         shape = [d if isinstance(d, int) else 0 for d in self.session.get_inputs()[-1].shape]
         self.heads, self.dim, self.length = shape[1], shape[3], 0

@@ -83,12 +83,29 @@ class Decoder:
                 f"onnxruntime has no {', '.join(missing)}; it has "
                 f"{', '.join(onnxruntime.get_available_providers())}. For a GPU install onnxruntime-gpu."
             )
-        self.session = onnxruntime.InferenceSession(path, options, providers=list(providers))
-        found = self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        self._open(onnxruntime.InferenceSession(path, options, providers=list(providers)))
+
+    @classmethod
+    def of_session(cls, session: onnxruntime.InferenceSession, folder: str | Path) -> Decoder:
+        """A decoder on a session that is open already.
+
+        Raises:
+            InputError: its graph is none of this package.
+        """
+        decoder = cls.__new__(cls)
+        decoder.folder = Path(folder)
+        decoder._open(session)
+        return decoder
+
+    def _open(self, session: onnxruntime.InferenceSession) -> None:
+        self.session = session
+        found = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if found is None:
-            raise InputError(f"{path} was not exported by rotatekv_fx; export the model again.")
+            raise InputError(
+                f"the graph in {self.folder} was not exported by rotatekv_fx; export the model again."
+            )
         self.metadata = Metadata.from_json(found)
-        self.device = "cuda" if self.session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
+        self.device = "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         self.fields = self._fields()
 
     def _fields(self) -> list[_Field]:
