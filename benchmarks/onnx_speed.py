@@ -2,10 +2,10 @@
 
     python -m benchmarks.onnx_speed --packed FOLDER [--packed FOLDER] --json FILE
 
-FOLDER is what `rotatekv export-onnx benchmarks/reference_model FOLDER` wrote. The fp32 graph is exported here.
-Steps of all graphs take turns, each with one sequence. Two clocks: wall time, and CPU time of the process, which
-other load on the machine disturbs less and which is the wall time of an idle machine where --threads is 1. Logits
-are compared with the fp32 graph's as the error column; they differ by what 2 bits cost.
+FOLDER is what `rotatekv export-onnx benchmarks/reference_model FOLDER` wrote. The fp32 graph is exported
+here. Steps of all graphs take turns, each with one sequence. Two clocks: wall time, and CPU time of the
+process, which other load on the machine disturbs less, and which is the wall time of an idle machine where
+--threads is 1. The error column compares the next-token distribution with the fp32 graph's.
 """
 
 from __future__ import annotations

@@ -324,8 +324,10 @@ def test_the_mean_follows_from_features(name):
     center = runtime.key_center.float()[None, :, None].expand(-1, -1, 4, -1)
     expected = runtime.rope(center, *rows)
     features = mean.features(ids)
-    assert features.shape[-1] <= runtime.rope.dim + 1
-    torch.testing.assert_close(features[:, None] @ mean.spread, expected, rtol=1e-4, atol=1e-5)
+    assert features.shape[1] <= runtime.rope.dim + 1
+    torch.testing.assert_close(
+        features.transpose(1, 2)[:, None] @ mean.spread, expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_columns_show_each_token_in_one_form():

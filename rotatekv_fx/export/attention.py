@@ -34,7 +34,7 @@ def unpacked(form: Form, t: State) -> Tensor:
         t: query [B, Hq, S, D]; the parts of keys and values in the C coded columns, tokens at axis 2;
             exact_keys and exact_values [B, Hkv, X, D]; seen_codes and seen_exact, bool [B, 1, S, C] and
             [B, 1, S, X], which columns each query sees; and, where the layer has them, inverse (of the keys'
-            rotation), features [B, C, F] and spread [Hkv, F, D] (of the mean), and sink_logits [Hq].
+            rotation), features [B, F, C] and spread [Hkv, F, D] (of the mean), and sink_logits [Hq].
     """
     keys, values = unpacked_keys(form.key, t), unpacked_values(form.value, t)
     logits = t.get("sink_logits")
@@ -69,7 +69,7 @@ def folded(form: Form, t: State) -> Tensor:
     coded = folded_scores(form.key, form.blocks, query, side_of(t, "key"), t["turn"])
     if "spread" in t:
         rows = _per_kv_head(query, t["spread"].transpose(-1, -2))
-        coded = coded + rows @ t["features"][:, None].transpose(-1, -2)
+        coded = coded + rows @ t["features"][:, None]
     scores = [coded, _per_kv_head(query, t["exact_keys"].transpose(-1, -2))]
     if form.softcap:
         scores = [form.softcap * torch.tanh(s / form.softcap) for s in scores]

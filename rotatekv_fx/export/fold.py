@@ -21,7 +21,6 @@ from rotatekv_fx.rope import Rope
 
 _PROBES = 64  # positions at which columns of cosines and sines are compared
 _SAME = 1e-5  # largest difference of two that are one
-_SLICES = 4  # up to so many are faster than a gather
 
 
 def fold_inverse(inverse: Tensor | None, codec: Codec, head_dim: int) -> tuple[Tensor, int]:
@@ -83,8 +82,8 @@ class Mean(nn.Module):
     """RoPE of the keys' calibrated mean, from the rows of cosines and sines that the model's RoPE reads.
 
     Attributes:
-        spread: [Hkv, F, D], takes a row of F features to the mean at that position.
-        kept: places of the features in a row of all positional inputs and a one.
+        spread: [Hkv, F, D], takes F features of a position to the mean there.
+        kept: places of the features among all positional inputs and a one.
     """
 
     def __init__(self, center: Tensor, rope: Rope, positions: PositionPlan):
@@ -99,7 +98,7 @@ class Mean(nn.Module):
         rows = positions.decode((ids.int()[:, None, :, None],)) if rope.turned else ()
         partner = rope.partners(rows)[0] if rope.turned else torch.arange(rope.dim)
         a, b = (t[0] for t in rope.coefficients(partner, rows, _PROBES))
-        entries = self._entries(ids)[0].double()
+        entries = torch.cat(self._entries(ids), -1)[0].double()
         found = [_place(entries, column) for column in torch.cat([a, b], 1).T]
         self.kept = sorted({place for place, sign in found if sign})
         made = torch.zeros(2, rope.dim, len(self.kept), dtype=torch.float64)
@@ -111,16 +110,19 @@ class Mean(nn.Module):
         self.register_buffer("spread", mean.transpose(1, 2).float().contiguous(), persistent=False)
 
     def features(self, ids: Tensor) -> Tensor:
-        """Position ids [B, N] -> [B, N, F]."""
-        entries, runs = self._entries(ids), _runs(self.kept)
-        if len(runs) > _SLICES:
-            return entries.index_select(-1, torch.tensor(self.kept))
-        return torch.cat([entries[..., first : first + length] for first, length in runs], -1)
+        """Position ids [B, N] -> [B, F, N]."""
+        pieces, first = [], 0
+        for entries in self._entries(ids):
+            kept = [place - first for place in self.kept if 0 <= place - first < entries.shape[-1]]
+            if kept:
+                pieces.append(entries.transpose(1, 2).index_select(1, torch.tensor(kept)))
+            first += entries.shape[-1]
+        return torch.cat(pieces, 1)
 
-    def _entries(self, ids: Tensor) -> Tensor:
-        """All positional inputs of a token in one row, and a one: [B, N, any]."""
+    def _entries(self, ids: Tensor) -> list[Tensor]:
+        """The positional inputs of tokens, and a one: [B, N, any] each."""
         rows = () if self.positions is None else self.positions.decode((ids.int()[:, None, :, None],))
-        return torch.cat([*(r.float() for r in rows), torch.ones(*ids.shape, 1, device=ids.device)], -1)
+        return [*(row.float() for row in rows), torch.ones(*ids.shape, 1, device=ids.device)]
 
 
 def _place(entries: Tensor, column: Tensor) -> tuple[int, float]:
@@ -135,14 +137,3 @@ def _place(entries: Tensor, column: Tensor) -> tuple[int, float]:
         "the graph's position term needs a RoPE whose coefficients are entries of its cosines and sines; "
         "use recipe='paper'."
     )
-
-
-def _runs(places: list[int]) -> list[tuple[int, int]]:
-    """Sorted places as runs of neighbours: first and length of each."""
-    runs: list[tuple[int, int]] = []
-    for place in places:
-        if runs and place == sum(runs[-1]):
-            runs[-1] = runs[-1][0], runs[-1][1] + 1
-        else:
-            runs.append((place, 1))
-    return runs

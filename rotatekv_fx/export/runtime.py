@@ -257,7 +257,7 @@ class ExportRuntime(nn.Module):
         return made
 
     def _features(self, step: Step, numbers: Tensor) -> Tensor:
-        """Rows [B, N, F] of the position term of tokens `numbers`; layers of a kind share them."""
+        """Features [B, F, N] of the position term of tokens `numbers`; layers of a kind share them."""
         memo = step.memo[self.sliding]
         name = f"features of {self.positions.key}"
         if name not in memo:

@@ -107,7 +107,7 @@ def stored(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
     coded, history = leaving[0], t[history_names(spec.key, "key")[0]].shape[0]
     if "spread" in t:
         columns_of_new = torch.arange(coded.shape[2], device=coded.device) + history
-        coded = coded - mean_at(t["features"].index_select(1, columns_of_new), t["spread"])
+        coded = coded - mean_at(t["features"].index_select(2, columns_of_new), t["spread"])
     if "matrix" in t:
         coded = hadamard.rotate(coded, t["matrix"], None, False)
     rows = [part.movedim(2, 0).contiguous() for part in _encoded(spec, coded, leaving[1])]
@@ -136,8 +136,8 @@ def _encoded(spec: LayerSpec, key: Tensor, value: Tensor) -> list[Tensor]:
 
 
 def mean_at(features: Tensor, spread: Tensor) -> Tensor:
-    """Rows of features [B, N, F] and [Hkv, F, D] -> the mean at their positions, [B, Hkv, N, D]."""
-    return features[:, None] @ spread
+    """Features [B, F, N] of positions and [Hkv, F, D] -> the mean there, [B, Hkv, N, D]."""
+    return features.transpose(1, 2)[:, None] @ spread
 
 
 def chosen_sinks(count: int, t: State) -> tuple[Tensor, ...]:
