@@ -16,7 +16,7 @@ from zoo import one_thread  # noqa: F401
 import rotatekv_fx as rk
 from rotatekv_fx import cli
 from rotatekv_fx.errors import ConfigError, InputError, RotateKVError, StateError
-from rotatekv_fx.export import codes, columns, fold
+from rotatekv_fx.export import codes, columns, fold, generation
 from rotatekv_fx.export import onnx as exporter
 from rotatekv_fx.export.generation import Decoder
 from rotatekv_fx.export.schema import Metadata
@@ -328,6 +328,14 @@ def test_the_mean_follows_from_features(name):
     torch.testing.assert_close(
         features.transpose(1, 2)[:, None] @ mean.spread, expected, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("length", "pieces"), [(1, [1]), (8, [4, 4]), (9, [4, 3, 2]), (11, [4, 4, 3])])
+def test_prompts_are_cut_without_a_single_last_token(length, pieces):
+    parts = generation._pieces(length, 4)
+    assert [part.stop - part.start for part in parts] == pieces
+    assert parts[0].start == 0
+    assert parts[-1].stop == length
 
 
 def test_columns_show_each_token_in_one_form():

@@ -165,8 +165,7 @@ class Decoder:
         ends = np.asarray(self.metadata.eos if eos is None else eos, dtype=np.int64)
         cache = self.cache(len(prompts), ids.shape[1] + max_new_tokens)
         rng = np.random.default_rng(seed)
-        for start in range(0, ids.shape[1], chunk):
-            part = slice(start, start + chunk)
+        for part in _pieces(ids.shape[1], chunk):
             logits = cache.step(ids[:, part], mask[:, part])
         ended = np.zeros(len(prompts), dtype=bool)
         for index in range(max_new_tokens):
@@ -323,6 +322,14 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, n
         ids[row, longest - len(prompt) :] = prompt
         mask[row, longest - len(prompt) :] = 1
     return ids, mask
+
+
+def _pieces(length: int, chunk: int) -> list[slice]:
+    """A prompt in pieces; the last is no single token, which would be none of the prompt's for the graph."""
+    starts = list(range(0, length, chunk))
+    if length > chunk > 2 and length - starts[-1] == 1:
+        starts[-1] -= 1
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], length], strict=True)]
 
 
 def _choose(logits: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 `ORTModelForCausalLM` opens the graph, and cannot run it: it fills inputs named input_ids, attention_mask,
 position_ids and past_key_values.*, the latter with floats of shape [B, Hkv, N, D] that each step returns
-longer. A packed layer has a dozen tensors of other types and shapes, of which a step returns new rows only. So
-this class keeps what Optimum does around the graph (files, sessions, providers, `generate`) and replaces the
-forward.
+longer. A packed layer has a dozen tensors of other types and shapes, of which a step returns new rows only.
+So this class keeps what Optimum does around the graph (files, sessions, providers, `generate`) and replaces
+the forward.
 
 For an environment of its own: optimum-onnx 0.1 needs transformers below 4.58, and this package 5.17, for all
 but the modules of the graph's runtime, which need neither.
