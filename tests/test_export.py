@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 import zoo
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 from zoo import one_thread  # noqa: F401
 
 import rotatekv_fx as rk
@@ -392,3 +392,76 @@ def test_large_weights_go_to_a_file_of_their_own(tmp_path, monkeypatch):
     assert float((found - expected).abs().max()) < TOLERANCE
     files = {f.name: f.stat().st_size for f in (tmp_path / "folder").iterdir()}
     assert files["model.onnx.data"] > files["model.onnx"]
+
+
+# The reference model: a trained one, of six layers
+
+
+@pytest.fixture(scope="module")
+def reference(reference_model, repository, tmp_path_factory):
+    """The transformed reference model, its graph, and ids of a text [N]."""
+    tokenizer = AutoTokenizer.from_pretrained(repository / "benchmarks/reference_model")
+    read = (repository / "benchmarks/data/calibration.txt").read_text(encoding="utf-8")[:40000]
+    ids = tokenizer(read, return_tensors="pt").input_ids
+    calibration = rk.calibrate(reference_model, ids[:, :6144].split(1024, 1), progress=zoo.quiet)
+    model = zoo.transformed(reference_model, "centered", calibration, keep_originals=False)
+    text = (repository / "benchmarks/data/wikitext-2-raw-test.txt").read_text(encoding="utf-8")[:40000]
+    folder = tmp_path_factory.mktemp("reference") / "graph"
+    return (
+        model,
+        exported(folder, model, tokenizer=tokenizer),
+        tokenizer(text, return_tensors="pt").input_ids[0],
+    )
+
+
+@pytest.mark.slow
+def test_greedy_tokens_of_the_reference_model(reference):
+    model, decoder, ids = reference
+    prompt = ids[None, :256]
+    expected = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=200,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found = [int(tokens[0]) for tokens in decoder.generate(prompt.tolist(), 200, eos=[], chunk=256)]
+    assert found == expected[0, 256:].tolist()
+
+
+def reference_logits(model, ids):
+    with torch.no_grad():
+        return model(ids, past_key_values=DynamicCache(config=model.config)).logits
+
+
+@pytest.mark.slow
+def test_differences_are_those_of_rounding(reference):
+    """As large as those of torch itself, with weights changed by 1e-7."""
+    model, decoder, ids = reference
+    ids = ids[None, :256]
+    expected = reference_logits(model, ids)
+    found = torch.from_numpy(decoder.cache(1, 256).step(ids.numpy(), logits_at=range(256)))
+    weight = model.get_input_embeddings().weight.data
+    kept = weight.clone()
+    weight.mul_(1 + 1e-7 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+    changed = reference_logits(model, ids)
+    weight.copy_(kept)
+    own, other = ((x - expected).abs().amax(-1).median() for x in (changed, found))
+    assert other < 3 * own
+    assert float((found - expected)[:, :16].abs().max()) < 0.02
+
+
+@pytest.mark.slow
+def test_perplexity_of_the_reference_model(reference):
+    model, decoder, ids = reference
+    losses = torch.zeros(2, dtype=torch.float64)
+    for window in ids[: 4 * 1023].split(1023):
+        window = torch.cat([torch.tensor([1]), window])[None]
+        cache = decoder.cache(1, 1024)
+        pieces = [cache.step(p.numpy(), logits_at=range(p.shape[1])) for p in window.split(256, 1)]
+        found = torch.from_numpy(np.concatenate(pieces, 1))
+        for row, logits in enumerate((reference_logits(model, window), found)):
+            losses[row] += torch.nn.functional.cross_entropy(logits[0, :-1].double(), window[0, 1:]) / 4
+    torch_perplexity, graph_perplexity = losses.exp().tolist()
+    assert graph_perplexity == pytest.approx(torch_perplexity, rel=2e-3)
