@@ -360,8 +360,8 @@ def test_columns_show_each_token_in_one_form():
 @pytest.mark.parametrize("recipe", ["centered", "paper"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "phi3", "gemma2"])
 def test_architectures(name, recipe, tmp_path):
-    """With two layers, a number that falls on the other side of a rounding in the first changes the second: then
-    differences are as large as those of torch with weights changed by 1e-7.
+    """With two layers, a number that falls on the other side of a rounding in the first changes the second:
+    then differences are as large as those of torch with weights changed by 1e-7.
     """
     settings = {"sinks": 4} if recipe == "paper" else WINDOW
     model, steps = zoo.packed(name, recipe, 2, **settings), (20, 12, *[1] * 64)
