@@ -37,7 +37,7 @@ else:
     _MISSING = None
 
 logger = logging.getLogger(__name__)
-OPSETS = (18, 25)  # the first and the last that were tried
+OPSETS = (18, 24)  # the first and the last that were tried
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; a graph holds 2 GB
 _AGREEMENT = 1e-3  # largest difference of logits in the check, relative to the largest logit
 _SIZES = {"batch": 2, "sequence": 5, "history": 7, "recent": 3, "leaving": 4}  # while tracing
