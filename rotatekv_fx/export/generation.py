@@ -151,7 +151,7 @@ class Decoder:
             top_p: sample from the likeliest tokens that together have this probability.
             seed: of sampling.
             eos: token ids that end a sequence; the model's own if None.
-            chunk: tokens of a prompt read in one step. Results don't depend on it.
+            chunk: tokens of a prompt read in one step; sinks are chosen anew with each.
 
         Yields:
             int64 [B], a token of each sequence; after its end, the padding token. Stops when all have ended.
