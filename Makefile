@@ -4,12 +4,9 @@ VENV ?= .venv
 # On Linux a bare "torch" brings its CUDA libraries along. To choose a build: make test TORCH=...
 TORCH ?= torch==2.13.0
 
-<<<<<<< HEAD
 # Triton kernels are interpreted on a CPU, which takes a process of its own.
 KERNEL_TESTS := tests/test_decode_kernel.py tests/test_prefill_kernel.py
-=======
 OPTIMUM ?= .venv-optimum
->>>>>>> a42cd79 (make test-optimum and an adapter for Optimum's generate; speed benchmark)
 
 OWN_PYTHON := $(VENV)/bin/python
 PYTHON ?= $(OWN_PYTHON)

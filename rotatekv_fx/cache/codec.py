@@ -42,20 +42,10 @@ class Codec:
         if self.quantizer is None:
             return parts[0]
         codes, scale, offset = parts
-<<<<<<< HEAD
-<<<<<<< HEAD
         # a negative scale hides a sink's codes from `decode`; a token that was one is read from them
         return ops.dequantize(
             codes, scale.abs(), offset, self.quantizer.bits, self.quantizer.group, self.heads, self.dtype
         )
-=======
-        # a negative scale marks the codes of a sink for `decode`; one that drops out of the choice is read here
-=======
-        # a negative scale marks a sink's codes for `decode`; a token that drops out of the sinks is read here
->>>>>>> 8803b49 (Export: style, inferred sizes; onnx in the dev extra)
-        scale, q = scale.abs(), self.quantizer
-        return ops.dequantize(codes, scale, offset, q.bits, q.group, self.heads, self.dtype)
->>>>>>> b6a049b (A token that drops out of the sinks is read with its own scale, not the mark's)
 
     def write(self, parts: Parts, x: Tensor, slots: Tensor) -> None:
         """Store [B, H, S, D] in place at token slots int64 [S]."""
