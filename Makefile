@@ -6,17 +6,19 @@ TORCH ?= torch==2.13.0
 
 # Triton kernels are interpreted on a CPU, which takes a process of its own.
 KERNEL_TESTS := tests/test_decode_kernel.py tests/test_prefill_kernel.py
+OPTIMUM ?= .venv-optimum
 
 OWN_PYTHON := $(VENV)/bin/python
 PYTHON ?= $(OWN_PYTHON)
 READY := $(if $(filter $(OWN_PYTHON),$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: help demo test lint test-gpu clean
+.PHONY: help demo test lint test-gpu test-optimum clean
 help:
 	@echo "make demo      the whole method on the bundled model, within five minutes"
 	@echo "make test      ruff and the test suite"
 	@echo "make lint      ruff"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-optimum  an exported graph in Optimum, in an environment of its own"
 	@echo "make clean     remove $(VENV) and caches"
 
 demo: $(READY)
@@ -38,8 +40,20 @@ test-gpu: $(READY)
 	@$(PYTHON) -m pytest -m gpu || { status=$$?; \
 		test $$status -eq 5 && echo "make test-gpu: no test is marked gpu." || exit $$status; }
 
+# optimum-onnx needs transformers below 4.58, this package 5.17: they cannot share an environment.
+test-optimum: $(READY) $(OPTIMUM)/.installed
+	@rm -rf $(OPTIMUM)/graph
+	@PYTHONPATH=. $(PYTHON) tests/optimum_check.py export $(OPTIMUM)/graph
+	@PYTHONPATH=. $(OPTIMUM)/bin/python tests/optimum_check.py run $(OPTIMUM)/graph
+
+$(OPTIMUM)/.installed:
+	@$(PYTHON) -m venv --clear $(OPTIMUM)
+	@$(OPTIMUM)/bin/python -m pip install --quiet "$(TORCH)"
+	@$(OPTIMUM)/bin/python -m pip install --quiet "optimum-onnx[onnxruntime]>=0.1"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(OPTIMUM) $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
 
 $(VENV)/.installed: pyproject.toml
 	@set -e; base=; \

@@ -22,7 +22,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rotatekv_fx import Calibration, RotateKVConfig, calibrate, inspect_model, recipes, report, transform
+from rotatekv_fx import (
+    Calibration,
+    RotateKVConfig,
+    calibrate,
+    export_onnx,
+    inspect_model,
+    recipes,
+    report,
+    transform,
+)
 from rotatekv_fx.collect import generate_windows
 from rotatekv_fx.errors import InputError, RotateKVError
 from rotatekv_fx.evaluate import (
@@ -48,6 +57,7 @@ from rotatekv_fx.evaluate.plots import plot_outliers
 from rotatekv_fx.evaluate.reasoning import NEW_TOKENS as WORKED_TOKENS
 from rotatekv_fx.evaluate.reasoning import word_problem_cases
 from rotatekv_fx.evaluate.recall import recall_cases
+from rotatekv_fx.export.onnx import check_export
 
 _BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"  # in a checkout; not part of a wheel
 _RECIPES = list(dict.fromkeys(["none", "paper", RotateKVConfig.recipe]))  # compared if none is named
@@ -306,6 +316,48 @@ def generate_command(
             "calibration": origin,
             "prompt": text,
             **figures,
+        },
+    )
+
+
+@app.command("export-onnx")
+def export_onnx_command(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New folder for the graph.")],
+    recipe: Annotated[str, typer.Option(help="How the cache is stored.")] = RotateKVConfig.recipe,
+    bits: Bits = None,
+    key_bits: KeyBits = None,
+    value_bits: ValueBits = None,
+    window: Window = None,
+    group_size: GroupSize = None,
+    sinks: Sinks = RotateKVConfig.sinks,
+    calibration: CalibrationFile = None,
+    calibration_text: CalibrationText = None,
+    opset: Annotated[int, typer.Option(help="ONNX operator set of the graph.")] = 23,
+    json_file: JsonFile = None,
+) -> None:
+    """Write a model with a packed cache as an ONNX graph, in float32, and check it in onnxruntime."""
+    _check_output(json_file)
+    (config,) = configs = _configs([recipe], bits, key_bits, value_bits, window, group_size, sinks)
+    check_export(folder, opset)
+    source = CalibrationSource.open(calibration, calibration_text)
+    loaded, tokenizer = _load(model, "float32", "cpu")
+    statistics, origin = _calibrate(source, configs, loaded, tokenizer, CALIBRATION_CONTEXT)
+    with _err.status("Transforming"):
+        transform(loaded, config, statistics)
+    with _err.status("Exporting, which takes a minute or more"):
+        path = export_onnx(loaded, folder, tokenizer=tokenizer, opset=opset)
+    sizes = {file.name: file.stat().st_size for file in sorted(path.parent.iterdir())}
+    _print_line(f"Wrote {escape(str(path))}, {sizes[path.name]:,} bytes; its logits are the model's.")
+    _write_json(
+        json_file,
+        {
+            "model": model,
+            "config": dataclasses.asdict(config),
+            "calibration": origin,
+            "folder": str(folder),
+            "opset": opset,
+            "files": sizes,
         },
     )
 

@@ -52,7 +52,10 @@ ALLOWED = {
         *GRAPHS,
     },
     "backend": {"cache", "calibration", "ops", "passes", "recipes", "report", "rope", *FOUNDATION, *GRAPHS},
-    "export": {"api", "cache", "calibration", "ops", "recipes", "report", "rope", *FOUNDATION},
+    "export": {
+        *("api", "cache", "calibration", "capture", "kernels", "ops", "recipes", "report", "rope"),
+        *FOUNDATION,
+    },
     "evaluate": {
         *("", "api", "cache", "calibration", "collect", "recipes", "report", "rope", *FOUNDATION, *GRAPHS)
     },

@@ -1,0 +1,58 @@
+"""Which columns a query sees, as bool masks [B, 1, S, N]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_tokens(mask: Tensor | None, queries: Tensor, total: int) -> Tensor:
+    """What the model's mask lets each query see of all tokens, [B or 1, 1, S, T].
+
+    Args:
+        mask: [B or 1, 1, S, T], bool or additive, or None for a causal one.
+        queries: int64 [S], numbers of the new tokens.
+        total: T.
+    """
+    if mask is None:
+        return (torch.arange(total, device=queries.device) <= queries[:, None])[None, None]
+    return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def see_themselves(visible: Tensor, queries: Tensor) -> Tensor:
+    """[B, S] of whether each new token sees itself: False marks padding."""
+    places = queries.view(1, -1, 1).expand(visible.shape[0], -1, 1)
+    return visible[:, 0].gather(-1, places).squeeze(-1)
+
+
+def coded(visible: Tensor, numbers: Tensor, queries: Tensor, window: int) -> Tensor:
+    """Columns that hold codes of tokens `numbers` [C]: seen outside the window."""
+    return visible.index_select(-1, numbers) & (numbers <= queries[:, None] - window)
+
+
+def exact(visible: Tensor, numbers: Tensor, queries: Tensor, window: int) -> Tensor:
+    """Columns that hold exact tokens `numbers` [R + S]: seen inside the window."""
+    return visible.index_select(-1, numbers) & (numbers > queries[:, None] - window)
+
+
+def sinks(visible: Tensor, tokens: Tensor, queries: Tensor, window: int) -> Tensor:
+    """Columns of sink tokens [B, count], -1 for none: seen outside the window."""
+    batch = tokens.shape[0]
+    places = tokens.clamp(min=0)[:, None, None].expand(-1, 1, queries.shape[0], -1)
+    seen = visible.expand(batch, -1, -1, -1).gather(-1, places)
+    outside = (tokens >= 0)[:, None] & (tokens[:, None] <= queries[:, None] - window)
+    return seen & outside[:, None]
+
+
+def without_sinks(visible: Tensor, tokens: Tensor, first: Tensor) -> Tensor:
+    """Hide the codes of sink tokens.
+
+    Args:
+        visible: [B or 1, 1, S, C], of tokens `first` [1] onwards.
+        tokens: int64 [B, count], -1 for none.
+    """
+    length = visible.shape[-1]
+    places = torch.where(tokens < first, length, (tokens - first).clamp(max=length))  # cut off: the last
+    hidden = torch.zeros(tokens.shape[0], length + 1, dtype=torch.int32, device=tokens.device)
+    hidden = hidden.scatter(1, places, torch.ones_like(tokens, dtype=torch.int32))
+    return visible & (hidden[:, None, None, :length] == 0)
