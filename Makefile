@@ -12,10 +12,11 @@ OWN_PYTHON := $(VENV)/bin/python
 PYTHON ?= $(OWN_PYTHON)
 READY := $(if $(filter $(OWN_PYTHON),$(PYTHON)),$(VENV)/.installed)
 
-.PHONY: help demo test lint test-gpu test-optimum clean
+.PHONY: help demo test test-slow lint test-gpu test-optimum clean
 help:
 	@echo "make demo      the whole method on the bundled model, within five minutes"
-	@echo "make test      ruff and the test suite"
+	@echo "make test      ruff and the test suite, without its slow tests"
+	@echo "make test-slow the slow tests"
 	@echo "make lint      ruff"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-optimum  an exported graph in Optimum, in an environment of its own"
@@ -27,9 +28,13 @@ demo: $(READY)
 test: $(READY)
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -m "not slow"
 	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -m "not slow" $(KERNEL_TESTS)
 	@echo "make test: style and tests are clean."
+
+test-slow: $(READY)
+	@$(PYTHON) -m pytest -m slow
+	@TRITON_INTERPRET=1 $(PYTHON) -m pytest -m slow $(KERNEL_TESTS)
 
 lint: $(READY)
 	@$(PYTHON) -m ruff check .
