@@ -68,7 +68,9 @@ def test_a_writer_that_degenerates_shows(reference_model):
 
 
 def test_divergence_is_of_the_cache_the_text_was_written_on(reference_model):
-    """Token by token on one packed cache, as `generate` reads it."""
+    """Token by token on one packed cache, as `generate` reads it; a batch sums in another order, which flips
+    single codes of 2 bits.
+    """
     packed = transform(
         copy.deepcopy(reference_model),
         RotateKVConfig(recipe="quarot", window=8, slack=0, keep_originals=False),
@@ -84,10 +86,10 @@ def test_divergence_is_of_the_cache_the_text_was_written_on(reference_model):
         judge = reference_model(input_ids=text).logits[:, 2:-1].log_softmax(-1)
     own = torch.stack(logits, 1).log_softmax(-1)
     gaps = (own - judge).gather(-1, text[:, 3:, None])[..., 0]
-    assert row["divergence"] == pytest.approx(gaps.mean().item(), rel=0.02)
-    assert row["last_quarter_divergence"] == pytest.approx(gaps[:, -10:].mean().item(), rel=0.02)
+    assert row["divergence"] == pytest.approx(gaps.mean().item(), abs=0.01)
+    assert row["last_quarter_divergence"] == pytest.approx(gaps[:, -10:].mean().item(), abs=0.02)
     low, high = row["divergence_interval"]
-    assert 0 < low < row["divergence"] < high
+    assert low < row["divergence"] < high and row["divergence"] > 0.05
 
 
 def test_no_prompts_and_too_long_texts_are_refused(tiny_model):

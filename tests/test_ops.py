@@ -177,6 +177,7 @@ def test_reference_traces_without_specialising_the_length(name):
         return {
             "rotate": lambda: (x,),
             "quantize": lambda: (x,),
+            "compensate": lambda: (x,),
             "dequantize": lambda: packed,
             "append": lambda: (*buffers(1, 1, 12, 32, 4, "midpoint"), x, slots),
             "store": lambda: (torch.zeros(1, 2, 12, 16), x, slots),
@@ -187,11 +188,13 @@ def test_reference_traces_without_specialising_the_length(name):
         }[name]()
 
     matrix, order, reference = hadamard(32)[None], torch.randperm(32), ops.REFERENCES[name]
+    unit_upper = torch.randn(2, 16, 16).triu(1) + torch.eye(16)
 
     def function(*tensors):
         rest = {
             "rotate": (matrix, order, True),
             "quantize": (4, 32, 1.0, "zero_point"),
+            "compensate": (unit_upper, 4, 32, 1.0),
             "dequantize": (4, 32, 2, torch.float32),
             "append": (4, 32, 1.0, "midpoint"),
             "attend": (tensors[-1], None, 0.25, 0.0, None, True),
