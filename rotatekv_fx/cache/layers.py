@@ -39,6 +39,7 @@ from rotatekv_fx.cache.stores import GrowingStore, PositionStore, RingStore
 from rotatekv_fx.errors import StateError
 
 ops = torch.ops.rotatekv
+_MOST_CHANNELS = 256  # of a head, in SDPA's kernels
 Store = GrowingStore | RingStore
 
 
@@ -260,6 +261,66 @@ class PackedLayer:
         )  # fmt: skip
         self._stored(1)
         self._advance(1)
+        return out
+
+    def prefills(self, query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+        """Whether `prefill` can attend to this layer: several tokens, causal, and a window that is whole."""
+        start = self._known_start()
+        if query.shape[2] == 1 or self.is_sliding or start is None:
+            return False
+        if value.shape[3] != query.shape[3] or query.shape[3] > _MOST_CHANNELS:
+            return False
+        coded = self._coded() if self.is_initialized else None
+        if coded is not None and coded != max(0, start - self.window):
+            return False
+        return mask is None or (mask.dtype is torch.bool and _is_causal(mask, start))
+
+    def _known_start(self) -> int | None:
+        """Number of the next token, where the host knows it."""
+        return self._length_on_host()
+
+    def prefill(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Parts,
+        residual: Tensor | None,
+        key_map: list[Tensor],
+        scale: float,
+    ) -> Tensor:
+        """Store several new tokens and attend to the layer causally: the op `prefill`.
+
+        Args:
+            query: [B, Hq, S, D], after RoPE.
+            residual: the block's input [B, S, C] while sinks are chosen, else None.
+            others: as in `decode`.
+
+        Returns:
+            [B, S, Hq, Dv].
+        """
+        count = key.shape[2]
+        self._check_fits(count)
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        start = self._known_start()
+        if self.spec.window:  # codes must not depend on when a token is quantized
+            key, value = (as_exact(x, self.spec.exact_dtype).to(x.dtype) for x in (key, value))
+        if self.owner is self:
+            self._begin_positions(positions, self._start())
+        if self.spec.sinks:
+            self._choose_sinks(key, value, residual, None, start)
+            self._hide_sinks()
+        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
+        self._make_room(key, value)
+        out = ops.prefill(
+            query, key, value, [t for parts in self.history.parts for t in parts],
+            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
+            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
+            key_map, place, start, *self._quantizers(), self.window, scale,
+        )  # fmt: skip
+        self._stored(count)
+        self._advance(count)
         return out
 
     def _quantizers(self) -> tuple[object, ...]:
@@ -654,6 +715,12 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
     def _start(self) -> Tensor | int:
         return self.cumulative_length.clone()
 
+    def _known_start(self) -> int | None:
+        if not self.is_initialized:
+            return 0
+        # one synchronisation a layer and prompt, outside of compiled code
+        return None if torch.compiler.is_compiling() else int(self.cumulative_length)
+
     def _advance(self, count: int) -> None:
         self.cumulative_length.add_(count)
 
@@ -752,6 +819,17 @@ def visible_to_itself(mask: Tensor | None, columns: Tensor) -> Tensor | None:
         return None
     itself = mask[:, 0].gather(-1, columns.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
     return itself if mask.dtype is torch.bool else itself > torch.finfo(mask.dtype).min / 2
+
+
+def _is_causal(mask: Tensor, start: int) -> bool:
+    """Whether a bool mask [B or 1, 1, S, K] shows query a the columns up to start + a, and no others; one
+    synchronisation.
+    """
+    if torch.compiler.is_compiling() or mask.shape[1] != 1:
+        return False
+    count = torch.arange(mask.shape[2], device=mask.device) + (start + 1)
+    whole = (mask.sum(-1) == count).all() & ~mask.triu(start + 1).any()
+    return bool(whole)
 
 
 def columns_of_mask(mask: Tensor | None, queries: Tensor, numbers: Tensor, offset: Tensor | int) -> Tensor:

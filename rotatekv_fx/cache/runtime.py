@@ -103,7 +103,8 @@ class AttentionRuntime(nn.Module):
     ) -> Tensor:
         """Store new tokens and attend to what the cache then holds: `update` and the op `attend` in one.
 
-        One new token is attended to without unpacking anything, by the op `decode`.
+        One new token is attended to without unpacking anything, by the op `decode`; a prompt on a GPU by the
+        op `prefill`.
 
         Returns:
             [B, S, Hq, Dv].
@@ -115,6 +116,9 @@ class AttentionRuntime(nn.Module):
         layer, stored = self.layer(cache), self.positions.encode(positions)
         if self.key_map and layer.decodes(query, mask):
             return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
+        plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
+        if self.key_map and plain and has_prefill_kernel(query) and layer.prefills(query, value, mask):
+            return layer.prefill(query, key, value, stored, residual, self.key_map, scale)
         step = layer.step(key, value, stored, residual, mask, self)
         return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
 
@@ -243,6 +247,11 @@ class AttentionRuntime(nn.Module):
         owners.setdefault(key, packed)
         layers[self.layer_index] = packed
         return packed
+
+
+def has_prefill_kernel(query: Tensor) -> bool:
+    """Whether the op `prefill` is worth its call: its reference holds all scores at once."""
+    return query.is_cuda and torch.version.hip is None
 
 
 def _layers_of(cache: Cache) -> list[Any]:

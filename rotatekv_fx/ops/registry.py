@@ -16,6 +16,7 @@ from rotatekv_fx.errors import ConfigError
 TRITON_KERNELS: dict[str, str] = {
     "decode": "rotatekv_fx.kernels.attention.triton:decode",
     "extend": "rotatekv_fx.kernels.quantize.triton:extend",
+    "prefill": "rotatekv_fx.kernels.prefill.triton:prefill",
 }
 
 REFERENCES: dict[str, Callable[..., Any]] = {}

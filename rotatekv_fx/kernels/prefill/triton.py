@@ -12,24 +12,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from rotatekv_fx.kernels.quantize.triton import launch_step, layout_of
+from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, layout_of
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
-_TURN = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
-_ROWS = 64
+_ROWS = 64  # queries of a program
+_TOKENS, _COLUMNS = 128, 64  # tokens and channels of a program that restores them
+_LEAST_CUDNN = 256  # keys for which cuDNN is asked; it refuses one
 
 
 @triton.jit
-def _values(
-    codes_ptr, scale_ptr, offset_ptr, row, number, channel, inside, capacity,
-    GROUP: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, MIDPOINT: tl.constexpr,
+def _codes(
+    codes_ptr, at, channel, inside,
+    GROUP: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """Dequantized channels, fp32 [tokens, channels], of consecutive groups, the first of which is `row`."""
-    group = row + channel // GROUP
-    at = group[None, :] * capacity + number[:, None]
+    """Codes int32 [tokens, channels] of groups at `at`, [tokens, channels or 1] (layout: op `quantize`)."""
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     WIDTH: tl.constexpr = GROUP * LOW // 8
     within = channel % GROUP
@@ -37,66 +35,92 @@ def _values(
     codes = (byte >> (LOW * (within // WIDTH))[None, :]) & ((1 << LOW) - 1)
     if BITS == 3:
         HIGH: tl.constexpr = GROUP // 8
-        byte = tl.load(codes_ptr + at * BYTES + WIDTH + (within % HIGH)[None, :], mask=inside, other=0).to(
-            tl.int32
-        )
-        codes += 4 * ((byte >> (within // HIGH)[None, :]) & 1)
-    scale = tl.abs(tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32))
-    offset = tl.load(offset_ptr + at, mask=inside, other=0).to(tl.float32)
+        place = codes_ptr + at * BYTES + WIDTH + (within % HIGH)[None, :]
+        codes += 4 * ((tl.load(place, mask=inside, other=0).to(tl.int32) >> (within // HIGH)[None, :]) & 1)
+    return codes
+
+
+@triton.jit
+def _dequantized(codes, scale, offset, MIDPOINT: tl.constexpr):
+    """Numbers in fp32 that codes, or sums over them, stand for: scale * codes + the offset's share."""
     if MIDPOINT:
-        return offset + scale * codes.to(tl.float32)
-    return scale * (codes.to(tl.float32) - offset)
+        return offset + scale * codes
+    return scale * (codes - offset)
+
+
+@triton.jit
+def _exact_product(x, matrix, y):
+    """y + x @ matrix, for x that fp16 holds exactly and an fp32 matrix: it is the sum of two fp16 ones."""
+    if _INTERPRETED:
+        return tl.dot(x.to(tl.float32), matrix, y)
+    high = matrix.to(tl.float16)
+    low = (matrix - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(x, low, tl.dot(x, high, y))
+
+
+@triton.jit
+def _product(x, matrix, y):
+    """y + x @ matrix in fp32, for |x| <= 1."""
+    high = x.to(tl.float16)
+    y = _exact_product((x - high.to(tl.float32)).to(tl.float16), matrix, y)
+    return _exact_product(high, matrix, y)
 
 
 @triton.jit(do_not_specialize=["length", "capacity", "rows"])
 def restore_kernel(
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     rotation_ptr, angle_ptr, shift_ptr, shift_stride, keys_ptr, values_ptr, length, rows, heads, units,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
-    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr,
-    KBITS: tl.constexpr, VBITS: tl.constexpr, PAIRS: tl.constexpr, MIDPOINT: tl.constexpr, N: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, KG: tl.constexpr, KGROUP: tl.constexpr, KGROUP_PADDED: tl.constexpr,
+    VGROUP: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr, KBITS: tl.constexpr,
+    VBITS: tl.constexpr, PAIRS: tl.constexpr, MIDPOINT: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of N tokens, B * Hkv): keys and values [B, Hkv, rows, D] of the first `length` tokens."""
+    """Grid (tiles of N tokens, B * Hkv, tiles of COLUMNS channels): keys and values [B, Hkv, rows, D] of the
+    first `length` tokens.
+    """
     number = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     batch, within = head // heads, head % heads
     inside = number < length
-    channel, place = tl.arange(0, DP), tl.arange(0, CP)
-    unit = within // (heads // units)
-    y = _values(
-        key_codes, key_scale, key_offset, (batch * units + unit) * (C // KGROUP), number, place,
-        inside[:, None] & (place < C)[None, :], capacity, KGROUP, KBYTES, KBITS, MIDPOINT,
-    )  # fmt: skip
-    rotation = rotation_ptr + within * D * (C + 2 * PAIRS)
-    known = (channel < D)[None, :]
-    weights = tl.load(
-        rotation + channel[None, :] * (C + 2 * PAIRS) + place[:, None], mask=known & (place < C)[:, None],
-        other=0.0,
-    )  # fmt: skip
-    keys = tl.dot(y, weights, input_precision="tf32x3")
+    WIDTH: tl.constexpr = KG * KGROUP + 2 * PAIRS
+    channel = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    known = channel < D
+    rotation = rotation_ptr + (within * D + channel)[None, :] * WIDTH
+    first_group = (batch * units + within // (heads // units)) * KG
+    place = tl.arange(0, KGROUP_PADDED)
+    keys = tl.zeros([N, COLUMNS], tl.float32)
+    for g in tl.static_range(KG):
+        at = (first_group + g) * capacity + number
+        codes = _codes(
+            key_codes, at[:, None], place, inside[:, None] & (place < KGROUP)[None, :], KGROUP, KBYTES, KBITS
+        )
+        weights = tl.load(
+            rotation + (g * KGROUP + place)[:, None], mask=known[None, :] & (place < KGROUP)[:, None],
+            other=0.0,
+        )  # fmt: skip
+        scale = tl.abs(tl.load(key_scale + at, mask=inside, other=0.0).to(tl.float32))[:, None]
+        offset = tl.load(key_offset + at, mask=inside, other=0).to(tl.float32)[:, None]
+        sums = _exact_product(codes.to(tl.float16), weights, tl.zeros([N, COLUMNS], tl.float32))
+        keys += _dequantized(sums, scale, offset * tl.sum(weights, 0)[None, :], MIDPOINT)
     if PAIRS > 0:
         pair = tl.arange(0, PAIRS)
         position = tl.load(shift_ptr + batch * shift_stride).to(tl.int64) + number
-        turns = position[:, None].to(tl.float64) * (tl.load(angle_ptr + pair) * _TURN)[None, :]
-        angle = ((turns - tl.floor(turns)) * 6.283185307179586).to(tl.float32)
-        waves = rotation + channel[None, :] * (C + 2 * PAIRS) + C + pair[:, None]
-        keys = tl.dot(tl.cos(angle), tl.load(waves, mask=known, other=0.0), keys, input_precision="tf32x3")
-        keys = tl.dot(
-            tl.sin(angle), tl.load(waves + PAIRS, mask=known, other=0.0), keys, input_precision="tf32x3"
-        )
-    at = (head * rows + number)[:, None]
+        cos, sin = cos_sin(position[:, None].to(tl.float64) * tl.load(angle_ptr + pair)[None, :])
+        waves = rotation + (KG * KGROUP + pair)[:, None]
+        keys = _product(cos, tl.load(waves, mask=known[None, :], other=0.0), keys)
+        keys = _product(sin, tl.load(waves + PAIRS, mask=known[None, :], other=0.0), keys)
+    row = (head * rows + number)[:, None]
     kind = keys_ptr.dtype.element_ty
-    tl.store(keys_ptr + at * D + channel[None, :], keys.to(kind), mask=inside[:, None] & known)
-    first = within * DV
-    values = _values(
-        value_codes, value_scale, value_offset, batch * (heads * DV // VGROUP), number, first + channel,
-        inside[:, None] & (channel < DV)[None, :], capacity, VGROUP, VBYTES, VBITS, MIDPOINT,
-    )  # fmt: skip
-    tl.store(
-        values_ptr + at * DV + channel[None, :],
-        values.to(kind),
-        mask=inside[:, None] & (channel < DV)[None, :],
+    tl.store(keys_ptr + row * D + channel[None, :], keys.to(kind), mask=inside[:, None] & known[None, :])
+    shown = inside[:, None] & (channel < DV)[None, :]
+    flat = within * DV + channel
+    at = (batch * (heads * DV // VGROUP) + flat // VGROUP)[None, :] * capacity + number[:, None]
+    values = _dequantized(
+        _codes(value_codes, at, flat, shown, VGROUP, VBYTES, VBITS).to(tl.float32),
+        tl.load(value_scale + at, mask=shown, other=0.0).to(tl.float32),
+        tl.load(value_offset + at, mask=shown, other=0).to(tl.float32),
+        MIDPOINT,
     )
+    tl.store(values_ptr + row * DV + channel[None, :], values.to(kind), mask=shown)
 
 
 @triton.jit(do_not_specialize=["tokens", "held", "far_skip", "near_skip"])
@@ -242,6 +266,7 @@ def prefill(
         REPEATS=query_heads // heads, D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim),
         WINDOW=window, FAR=len(parts) > 0, NEAR=len(parts) > 1, ROWS=_ROWS, BLOCK=64, num_warps=4,
+        num_stages=2,
     )  # fmt: skip
     return out
 
@@ -261,16 +286,16 @@ def _restored(
     batch, heads, _, dim = key.shape
     value_dim, rows = value.shape[3], length + 1  # the last row takes what has no place
     keys, values = key.new_empty((batch, heads, rows, dim)), value.new_empty((batch, heads, rows, value_dim))
-    channels = key_map[0].shape[1]
     shift = shift.contiguous()
-    restore_kernel[(triton.cdiv(length, _ROWS), batch * heads)](
+    tiles = triton.cdiv(length, _TOKENS), batch * heads, triton.cdiv(max(dim, value_dim), _COLUMNS)
+    restore_kernel[tiles](
         *history, history[0].shape[2], key_map[2], key_map[3], shift, 0 if shift.shape[0] == 1 else 1,
         keys, values, length, rows, heads, layout.units,
-        D=dim, DV=value_dim, DP=triton.next_power_of_2(max(dim, value_dim)), C=channels,
-        CP=triton.next_power_of_2(channels),
-        KGROUP=layout.key_group, VGROUP=layout.value_group, KBYTES=history[0].shape[3],
-        VBYTES=history[3].shape[3], KBITS=layout.key_bits, VBITS=layout.value_bits,
-        PAIRS=len(key_map[3]), MIDPOINT=scheme == "midpoint", N=_ROWS, num_warps=8,
+        D=dim, DV=value_dim, KG=layout.key_groups, KGROUP=layout.key_group,
+        KGROUP_PADDED=triton.next_power_of_2(layout.key_group), VGROUP=layout.value_group,
+        KBYTES=history[0].shape[3], VBYTES=history[3].shape[3], KBITS=layout.key_bits,
+        VBITS=layout.value_bits, PAIRS=len(key_map[3]), MIDPOINT=scheme == "midpoint", N=_TOKENS,
+        COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     if sinks:
         tokens = sinks[2].long()
@@ -283,25 +308,24 @@ def _restored(
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """SDPA and its natural log-sum-exp [B, Hq, S]; a causal square."""
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        out = _library_attention(query, keys, values, causal, scale)
-        return out[0].contiguous(), out[1].float().reshape(query.shape[:3]).contiguous()
-    repeats = query.shape[1] // keys.shape[1]
-    keys, values = (x.float().repeat_interleave(repeats, 1) for x in (keys, values))
-    scores = query.float() @ keys.transpose(-1, -2) * scale
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~seen, -torch.inf)
-    return (F.softmax(scores, -1) @ values).contiguous(), torch.logsumexp(scores, -1).contiguous()
-
-
-def _library_attention(
-    query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+    """SDPA, [B, Hq, S, D], and its natural log-sum-exp [B, Hq, S]; a causal one is square."""
     aten = torch.ops.aten
-    if query.shape[3] <= 128 and torch.backends.cudnn.is_available():
-        return aten._scaled_dot_product_cudnn_attention(
-            query, keys, values, None, True, 0.0, causal, False, scale=scale
-        )[:2]
-    return aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, False, scale=scale)[:2]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        if query.shape[3] <= 128 and keys.shape[2] >= _LEAST_CUDNN and torch.backends.cudnn.is_available():
+            found = aten._scaled_dot_product_cudnn_attention(
+                query, keys, values, None, True, 0.0, causal, False, scale=scale
+            )
+        else:
+            found = aten._scaled_dot_product_flash_attention(query, keys, values, 0.0, causal, scale=scale)
+    else:
+        keys, values = (x.repeat_interleave(query.shape[1] // keys.shape[1], 1) for x in (keys, values))
+        if query.is_cuda:
+            found = aten._scaled_dot_product_efficient_attention(
+                query, keys, values, None, True, 0.0, causal, scale=scale
+            )
+        else:
+            found = aten._scaled_dot_product_flash_attention_for_cpu(
+                query, keys, values, 0.0, causal, scale=scale
+            )
+    logs = found[1].float().flatten(2)[:, :, : query.shape[2]]  # some are padded
+    return found[0].contiguous(), logs.contiguous()

@@ -1,0 +1,75 @@
+"""Prompts through the op `prefill`, as they run on a GPU, against the general path; both in plain torch."""
+
+import pytest
+import torch
+import zoo
+from test_cache import CLOSE_IN_CODES, Sequences, dynamic, next_tokens, run, static
+from zoo import one_thread  # noqa: F401
+
+from rotatekv_fx.cache import runtime
+from rotatekv_fx.cache.layers import PackedLayer
+
+SETTINGS = {
+    "window": {"window": 8},
+    "no window": {"window": 0},
+    "no sinks": {"window": 8, "sinks": 0},
+    "8 bits": {"window": 8, "key_bits": 8, "value_bits": 8},
+}
+SIX_AND_REST = (6, 7, 24)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Tokens of each call of `PackedLayer.prefill` since the fixture was made."""
+    seen, original = [], PackedLayer.prefill
+
+    def counted(self, query, *rest):
+        seen.append(query.shape[2])
+        return original(self, query, *rest)
+
+    monkeypatch.setattr(PackedLayer, "prefill", counted)
+    return seen
+
+
+def logits_of(model, sequences, make, stops):
+    """Logits of a prompt that is cut at `stops`, and of three more tokens, one at a time."""
+    cache, start, found = make(model), 0, []
+    for stop in stops:
+        found.append(run(model, sequences, cache, start, stop))
+        start = stop
+    for seed in range(3):
+        sequences = sequences.grown(next_tokens(len(sequences.ids), seed=seed))
+        found.append(run(model, sequences, cache, start))
+        start += 1
+    return torch.cat(found, 1), cache
+
+
+@pytest.mark.parametrize("stops", [(24,), SIX_AND_REST, (20, 24)], ids=str)
+@pytest.mark.parametrize("make", [dynamic, static])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_op_reads_what_the_general_path_reads(name, make, stops, calls, monkeypatch):
+    model = zoo.packed("llama", "centered", **SETTINGS[name])
+    sequences = Sequences.prompt(padding=(0, 0, 0))
+    expected, plain = logits_of(model, sequences, make, stops)
+    assert not calls
+    monkeypatch.setattr(runtime, "has_prefill_kernel", lambda query: True)
+    found, fused = logits_of(model, sequences, make, stops)
+    several = sum(b - a > 1 for a, b in zip((0, *stops), stops, strict=False))
+    assert len(calls) == 2 * several
+    limit = 1e-4 if name == "8 bits" else CLOSE_IN_CODES
+    assert zoo.relative(found, expected) < limit
+    for a, b in zip(fused.layers, plain.layers, strict=True):
+        assert a.get_seq_length() == b.get_seq_length()
+        if a.sinks is not None:
+            assert torch.equal(a.sinks.tokens, b.sinks.tokens)
+        coded = a.get_seq_length() - SETTINGS[name]["window"]
+        for one, other in zip(a.history.parts[0], b.history.parts[0], strict=True):
+            assert (one[:, :, :coded] == other[:, :, :coded]).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("make", [dynamic, static])
+def test_padded_prompts_take_the_general_path(make, calls, monkeypatch):
+    monkeypatch.setattr(runtime, "has_prefill_kernel", lambda query: True)
+    model = zoo.packed("llama", "centered", window=8)
+    run(model, Sequences.prompt(padding=(0, 4, 9)), make(model))
+    assert not calls
