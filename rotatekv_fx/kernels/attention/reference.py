@@ -69,15 +69,19 @@ def _softmax_attention(
 
 def select_sinks(residual: Tensor, valid: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Reference of the op `rotatekv::select_sinks` (`rotatekv_fx.ops` describes it)."""
-    # The largest of the sequence are among the largest of each token, so only those are ranked together.
-    per_token = min(count, residual.shape[-1])
-    largest = residual.abs().topk(per_token, dim=-1).values.float()
-    largest = largest.where(largest.isfinite(), -1.0)
+    # The largest of a sequence are in the tokens whose own largest are the largest: others are not ranked.
+    most = torch.maximum(residual.amax(-1), -residual.amin(-1)).float()
+    most = most.where(most.isfinite(), -1.0)
     if valid is not None:
-        largest = largest.masked_fill(~valid[..., None], -1.0)
+        most = most.masked_fill(~valid, -1.0)
+    most, best = F.pad(most, (0, count), value=-1.0).topk(count, dim=-1)
+    best = best.clamp(max=residual.shape[1] - 1)
+    rows = residual.gather(1, best[..., None].expand(-1, -1, residual.shape[2])).abs()
+    per_token = min(count, residual.shape[2])
+    largest = rows.topk(per_token, dim=-1).values.float().where(most[..., None] >= 0.0, -1.0)
     scores, index = F.pad(largest.flatten(1), (0, count), value=-1.0).topk(count, dim=-1)
-    tokens = torch.where(scores < 0.0, torch.zeros_like(index), index // per_token)
-    return scores, tokens
+    chosen = best.gather(1, (index // per_token).clamp(max=count - 1))
+    return scores, torch.where(scores < 0.0, torch.zeros_like(chosen), chosen)
 
 
 def restore_sinks(x: Tensor, exact: Tensor, slots: Tensor) -> Tensor:
