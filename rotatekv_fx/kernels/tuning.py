@@ -35,7 +35,7 @@ def row_block(rows: int, few: int) -> int:
 
 def step_warps(rows: int) -> int:
     """Warps of a program of `step_kernel` that has so many rows."""
-    return 8 if rows == 1 else 16
+    return 8 if rows == 1 else 4
 
 
 def combine_block(parts: int, channels: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, layout_of
+from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, layout_of, wave_product
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -58,14 +58,6 @@ def _exact_product(x, matrix, y):
     return tl.dot(x, low, tl.dot(x, high, y))
 
 
-@triton.jit
-def _product(x, matrix, y):
-    """y + x @ matrix in fp32, for |x| <= 1."""
-    high = x.to(tl.float16)
-    y = _exact_product((x - high.to(tl.float32)).to(tl.float16), matrix, y)
-    return _exact_product(high, matrix, y)
-
-
 @triton.jit(do_not_specialize=["length", "capacity", "rows"])
 def restore_kernel(
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
@@ -106,8 +98,8 @@ def restore_kernel(
         position = tl.load(shift_ptr + batch * shift_stride).to(tl.int64) + number
         cos, sin = cos_sin(position[:, None].to(tl.float64) * tl.load(angle_ptr + pair)[None, :])
         waves = rotation + (KG * KGROUP + pair)[:, None]
-        keys = _product(cos, tl.load(waves, mask=known[None, :], other=0.0), keys)
-        keys = _product(sin, tl.load(waves + PAIRS, mask=known[None, :], other=0.0), keys)
+        keys = wave_product(cos, tl.load(waves, mask=known[None, :], other=0.0), keys)
+        keys = wave_product(sin, tl.load(waves + PAIRS, mask=known[None, :], other=0.0), keys)
     row = (head * rows + number)[:, None]
     kind = keys_ptr.dtype.element_ty
     tl.store(keys_ptr + row * D + channel[None, :], keys.to(kind), mask=inside[:, None] & known[None, :])

@@ -106,6 +106,105 @@ def _product(x, matrix, y, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _halves(x):
+    """x as the sum of two fp16 numbers, for |x| below 65504."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def wave_product(x, matrix, y):
+    """y + x @ matrix for fp32 cosines or sines x."""
+    if _INTERPRETED:
+        return tl.dot(x, matrix, y)
+    high, low = _halves(x)
+    matrix_high, matrix_low = _halves(matrix)
+    return tl.dot(high, matrix_high, tl.dot(low, matrix_high, tl.dot(high, matrix_low, y)))
+
+
+@triton.jit
+def _rows_of(
+    head, source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D: tl.constexpr
+):  # fmt: skip
+    """Channels `source` of tokens [rows] of one head, new ones or from the ring: [rows, channels]."""
+    inner = inside[:, None] & (source < D)[None, :]
+    is_new = (number >= start)[:, None]
+    x = tl.load(
+        new_ptr + (head * new_tokens + (number - start))[:, None] * D + source[None, :],
+        mask=inner & is_new, other=0.0,
+    )  # fmt: skip
+    held = tl.load(
+        ring_ptr + (head * ring + number % ring)[:, None] * D + source[None, :],
+        mask=inner & (is_new == 0), other=0.0,
+    )  # fmt: skip
+    if new_ptr.dtype == ring_ptr.dtype:
+        x = tl.where(is_new, x, held)
+    else:
+        x = x.to(tl.float32) + held.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _transformed(
+    unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
+    new_ptr, new_tokens, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
+    units, U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Keys less their means, times the unit's matrix: `channel` of a group, fp32 [ROWS, channels].
+
+    A single row takes its whole matrix at once; many rows take it in steps that fit registers.
+    """
+    STEP: tl.constexpr = DP if ROWS == 1 else 32 if DP > 32 else DP
+    TURNS: tl.constexpr = PAIRS if ROWS == 1 or PAIRS < 32 else 32
+    y = tl.zeros([ROWS, channel.shape[0]], tl.float32)
+    if PAIRS > 0:
+        pair = tl.arange(0, TURNS)
+        mean = mean_ptr + pair[:, None] * WIDTH + channel[None, :]
+        keep = real[None, :] & (pair >= 0)[:, None]
+    source = tl.arange(0, STEP)
+    matrix_ptr += source[:, None] * WIDTH + channel[None, :]
+    if ROWS == 1:
+        if PAIRS > 0:
+            by_cos = tl.load(mean, mask=keep, other=0.0)
+            by_sin = tl.load(mean + PAIRS * WIDTH, mask=keep, other=0.0)
+        for u in tl.static_range(U):
+            matrix = tl.load(
+                matrix_ptr + u * D * WIDTH, mask=(source < D)[:, None] & real[None, :], other=0.0
+            )
+            tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+            if PAIRS > 0 and u == 0:
+                newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+                place = newest + (row % tokens + 1 - tokens - WINDOW)
+                angles = tl.load(angle_ptr + pair)
+            head = batch * (units * U) + unit * U + u
+            x = _rows_of(head, source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
+            if PAIRS > 0 and u == 0:
+                cos, sin = cos_sin(place.to(tl.float64)[:, None] * angles[None, :])
+                y = _product(-cos, by_cos, y, ROWS)
+                y = _product(-sin, by_sin, y, ROWS)
+            y = _product(x, matrix, y, ROWS)
+    else:
+        if PAIRS > 0:
+            newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+            place = (newest + (row % tokens + 1 - tokens - WINDOW)).to(tl.float64)[:, None]
+            for p0 in range(0, PAIRS, TURNS):
+                cos, sin = cos_sin(place * tl.load(angle_ptr + p0 + pair)[None, :])
+                y = wave_product(-cos, tl.load(mean + p0 * WIDTH, mask=keep, other=0.0), y)
+                y = wave_product(-sin, tl.load(mean + (p0 + PAIRS) * WIDTH, mask=keep, other=0.0), y)
+        for u in tl.static_range(U):
+            head = batch * (units * U) + unit * U + u
+            for c0 in range(0, DP, STEP):
+                matrix = tl.load(
+                    matrix_ptr + (u * D + c0) * WIDTH, mask=(c0 + source < D)[:, None] & real[None, :],
+                    other=0.0,
+                )  # fmt: skip
+                x = _rows_of(head, c0 + source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
+                y = _product(x, matrix, y, ROWS)
+    return y
+
+
+@triton.jit
 def _quantize_group(
     unit, group, block, tokens, rows_total, first, start, newest_sinks_ptr,
     new_ptr, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
@@ -122,7 +221,6 @@ def _quantize_group(
     inside = row < rows_total
     batch, number = (row // tokens).to(tl.int64), first + row % tokens
     inside = inside & (number >= 0)
-    is_new = number >= start
     column = tl.arange(0, PLANES * WIDTH)
     real = column % WIDTH < GROUP // PLANES
     channel = column // WIDTH * (GROUP // PLANES) + column % WIDTH  # within the group
@@ -133,54 +231,18 @@ def _quantize_group(
             mask=(row < rows_total)[:, None] & (sink < SINKS)[None, :], other=-1,
         )  # fmt: skip
     if TRANSFORM:
-        y = tl.zeros([ROWS, PLANES * WIDTH], tl.float32)
-        source = tl.arange(0, DP)
-        if PAIRS > 0:
-            pair = tl.arange(0, PAIRS)
-            mean = (
-                mean_ptr
-                + (unit * 2 * PAIRS + pair)[:, None].to(tl.int64) * (GROUPS * GROUP)
-                + (group * GROUP + channel)[None, :]
-            )
-            keep = real[None, :] & (pair >= 0)[:, None]
-            by_cos = tl.load(mean, mask=keep, other=0.0)
-            by_sin = tl.load(mean + PAIRS * GROUPS * GROUP, mask=keep, other=0.0)
-        for u in tl.static_range(U):
-            matrix = tl.load(
-                matrix_ptr
-                + ((unit * U + u) * D + source)[:, None].to(tl.int64) * (GROUPS * GROUP)
-                + (group * GROUP + channel)[None, :],
-                mask=(source < D)[:, None] & real[None, :], other=0.0,
-            )  # fmt: skip
-            if ROWS == 1:
-                tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
-            if PAIRS > 0 and u == 0:
-                newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
-                place = newest + (row % tokens + 1 - tokens - WINDOW)
-                angles = tl.load(angle_ptr + pair)
-            head = batch * (units * U) + unit * U + u
-            inner = inside[:, None] & (source < D)[None, :]
-            x = tl.load(
-                new_ptr + (head * new_tokens + (number - start))[:, None] * D + source[None, :],
-                mask=inner & is_new[:, None], other=0.0,
-            )  # fmt: skip
-            x_held = tl.load(
-                ring_ptr + (head * ring + number % ring)[:, None] * D + source[None, :],
-                mask=inner & (is_new == 0)[:, None], other=0.0,
-            )  # fmt: skip
-            if new_ptr.dtype == ring_ptr.dtype:
-                x = tl.where(is_new[:, None], x, x_held)
-            else:
-                x = x.to(tl.float32) + x_held.to(tl.float32)
-            if PAIRS > 0 and u == 0:
-                cos, sin = cos_sin(place.to(tl.float64)[:, None] * angles[None, :])
-                y = _product(-cos, by_cos, y, ROWS)
-                y = _product(-sin, by_sin, y, ROWS)
-            y = _product(x, matrix, y, ROWS)
+        turned_group = tl.cast(unit * U * D, tl.int64) * (GROUPS * GROUP) + group * GROUP
+        y = _transformed(
+            unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
+            new_ptr, new_tokens, ring_ptr, ring, matrix_ptr + turned_group,
+            mean_ptr + tl.cast(unit * 2 * PAIRS, tl.int64) * (GROUPS * GROUP) + group * GROUP,
+            angle_ptr, position_ptr, position_stride, units, U, D, DP, GROUPS * GROUP, ROWS, PAIRS, WINDOW,
+        )  # fmt: skip
     else:
         flat = group * GROUP + channel
         head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
         inner = inside[:, None] & real[None, :]
+        is_new = number >= start
         y = tl.load(
             new_ptr + (head * new_tokens + (number - start)[:, None]) * D + (flat % D)[None, :],
             mask=inner & is_new[:, None], other=0.0,
