@@ -115,10 +115,16 @@ def restore_kernel(
     tl.store(values_ptr + row * DV + channel[None, :], values.to(kind), mask=shown)
 
 
+@triton.jit
+def _row_of(x_ptr, strides, batch, head, row):
+    """Pointers [rows, 1] to tokens of one head."""
+    return x_ptr + batch * strides[0] + head * strides[1] + row[:, None].to(tl.int64) * strides[2]
+
+
 @triton.jit(do_not_specialize=["tokens", "held", "far_skip", "near_skip"])
 def band_kernel(
-    query_ptr, key_ptr, value_ptr, far_ptr, far_lse_ptr, far_skip, near_ptr, near_lse_ptr, near_skip, out_ptr,
-    tokens, held, heads, scale,
+    query_ptr, query_strides, key_ptr, value_ptr, far_ptr, far_strides, far_lse_ptr, far_skip,
+    near_ptr, near_strides, near_lse_ptr, near_skip, out_ptr, tokens, held, heads, scale,
     REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     WINDOW: tl.constexpr, FAR: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -126,13 +132,15 @@ def band_kernel(
 
     key, value [B, Hkv, held, D]: the window before the first new token, if there is one, and the new tokens.
     far, near [B, Hq, tokens - skip, DV] with natural log-sum-exps: parts that queries from `skip` on have.
+    Strides are those of sequences, heads and tokens.
     """
     tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    batch, own_head = head // heads, head % heads
     row = tile * ROWS + tl.arange(0, ROWS)
     channel, value_channel, block = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
     inside = row < tokens
     query = tl.load(
-        query_ptr + (head * tokens + row)[:, None] * D + channel[None, :],
+        _row_of(query_ptr, query_strides, batch, own_head, row) + channel[None, :],
         mask=inside[:, None] & (channel < D)[None, :], other=0.0,
     )  # fmt: skip
     kv_head = head // REPEATS
@@ -143,7 +151,7 @@ def band_kernel(
         own = inside & (row >= far_skip)
         lse = tl.load(far_lse_ptr + head * (tokens - far_skip) + row - far_skip, mask=own, other=-1.0e30)
         part = tl.load(
-            far_ptr + (head * (tokens - far_skip) + row - far_skip)[:, None] * DV + value_channel[None, :],
+            _row_of(far_ptr, far_strides, batch, own_head, row - far_skip) + value_channel[None, :],
             mask=own[:, None] & (value_channel < DV)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         highest = tl.where(own, lse * _LOG2E, highest)
@@ -154,7 +162,7 @@ def band_kernel(
         lse = tl.load(near_lse_ptr + head * (tokens - near_skip) + row - near_skip, mask=own, other=-1.0e30)
         lse = tl.where(own, lse * _LOG2E, -1.0e30)
         part = tl.load(
-            near_ptr + (head * (tokens - near_skip) + row - near_skip)[:, None] * DV + value_channel[None, :],
+            _row_of(near_ptr, near_strides, batch, own_head, row - near_skip) + value_channel[None, :],
             mask=own[:, None] & (value_channel < DV)[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         top = tl.maximum(highest, lse)
@@ -194,7 +202,6 @@ def band_kernel(
                 values = tl.dot(weights.to(value.dtype), value, values, input_precision="ieee")
             highest = top
     out = values / tl.where(total > 0.0, total, 1.0)[:, None]
-    batch, own_head = head // heads, head % heads
     tl.store(
         out_ptr + ((batch * tokens + row) * heads + own_head)[:, None] * DV + value_channel[None, :],
         out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (value_channel < DV)[None, :],
@@ -222,7 +229,8 @@ def prefill(
     scale: float,
 ) -> Tensor:
     """The op `rotatekv::prefill` (`rotatekv_fx.ops` describes it)."""
-    query, key, value = (x.contiguous() for x in (query, key, value))
+    key, value = key.contiguous(), value.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
     batch, query_heads, new, dim = query.shape
     heads, value_dim = key.shape[1], value.shape[3]
     layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
@@ -251,10 +259,10 @@ def prefill(
         rest = query[:, :, skip:], keys[:, :, common:], values[:, :, common:]
         parts.append((*_attention(*rest, True, scale), skip))
     out = query.new_empty((batch, new, query_heads, value_dim))
-    none = (query, query, 0)
-    far, near = [*parts, none, none][:2]
+    far, near = [(x, x.stride()[:3], lse, skip) for x, lse, skip in [*parts, *[(query, query, 0)] * 2][:2]]
     band_kernel[(triton.cdiv(new, _ROWS), batch * query_heads)](
-        query, exact_keys, exact_values, *far, *near, out, new, exact_keys.shape[2], query_heads, scale,
+        query, query.stride()[:3], exact_keys, exact_values, *far, *near, out, new, exact_keys.shape[2],
+        query_heads, scale,
         REPEATS=query_heads // heads, D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
         DVP=triton.next_power_of_2(value_dim),
         WINDOW=window, FAR=len(parts) > 0, NEAR=len(parts) > 1, ROWS=_ROWS, BLOCK=64, num_warps=4,
@@ -300,7 +308,7 @@ def _restored(
 def _attention(
     query: Tensor, keys: Tensor, values: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """SDPA, [B, Hq, S, D], and its natural log-sum-exp [B, Hq, S]; a causal one is square."""
+    """SDPA, [B, Hq, S, D], and its natural log-sum-exp [B, Hq, S]; it is square where it is causal."""
     aten = torch.ops.aten
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         if query.shape[3] <= 128 and keys.shape[2] >= _LEAST_CUDNN and torch.backends.cudnn.is_available():
@@ -320,4 +328,4 @@ def _attention(
                 query, keys, values, 0.0, causal, scale=scale
             )
     logs = found[1].float().flatten(2)[:, :, : query.shape[2]]  # some are padded
-    return found[0].contiguous(), logs.contiguous()
+    return found[0], logs.contiguous()
