@@ -227,7 +227,7 @@ def test_lengths_share_compiled_kernels():
     from rotatekv_fx.kernels.quantize import triton as quantize_kernels
 
     def compiled():
-        every = (kernels.decode_kernel, kernels.combine_kernel, quantize_kernels.step_kernel)
+        every = (kernels.decode_kernel, kernels.finish_kernel, quantize_kernels.step_kernel)
         return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in every]
 
     counts = []

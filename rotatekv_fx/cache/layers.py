@@ -162,9 +162,8 @@ class PackedLayer:
         spec, capacity = self.spec, self._capacity()
         self.window = spec.window if capacity is None else min(spec.window, capacity)
         exact = tuple(as_exact(x, spec.exact_dtype) for x in (key, value))
-        self.history = self._store(
-            (spec.key, spec.value), None if capacity is None else max(1, capacity - self.window)
-        )
+        codes = None if capacity is None else capacity - self.window + self._ahead()
+        self.history = self._store((spec.key, spec.value), codes)
         self.history.allocate((key, value))
         self.recent = self._ring(tuple(as_it_is(x) for x in exact), spec.recent)
         self.recent.allocate(exact)
@@ -328,6 +327,10 @@ class PackedLayer:
         k, v = self.spec.key.quantizer, self.spec.value.quantizer
         return k.bits, v.bits, k.group, v.group, k.clip, v.clip, k.scheme
 
+    def _ahead(self) -> int:
+        """Tokens of the window that have their codes already: the next step can then read them at once."""
+        return 1 if self.window else 0
+
     def _length_on_host(self) -> int:
         """Tokens held, in growing layers."""
         return 0
@@ -374,17 +377,23 @@ class PackedLayer:
             self.history.push(coded, start)
             return
         keys, values, numbers, leaving = self._leaving(key, value, new)
-        if leaving:
-            moved = form.to_codes(keys[:, :, :leaving], self._places(numbers[:leaving]))
+        if leaving >= 0:
+            coded = leaving + self._ahead()
+            moved = form.to_codes(keys[:, :, :coded], self._places(numbers[:coded]))
             first = start + new.shape[0] - numbers.shape[0]
-            self.history.push((moved, form.values_to_codes(values[:, :, :leaving])), first)
+            self.history.push((moved, form.values_to_codes(values[:, :, :coded])), first)
+            if isinstance(self.history, RingStore):
+                self.history.counted(first + leaving)
+            else:
+                self.history.drop_last(self._ahead())
         self.recent.push(tuple(as_exact(x, self.spec.exact_dtype) for x in (key, value)), start)
         if isinstance(start, int):
             self.exact_from = max(self.exact_from, start + new.shape[0] - self.recent.size)
 
     def _leaving(self, key: Tensor, value: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         """Tokens without codes, exact and in order, then the new ones: keys, values and numbers; and how many
-        of the first leave the window (in static layers, some may have a negative number).
+        of the first leave the window (in static layers, some may have a negative number); less than none
+        where the window is not full.
         """
         start, count, coded = self._start(), new.shape[0], self._coded()
         if coded is None:
@@ -392,7 +401,7 @@ class PackedLayer:
             leaving = count
         else:
             before = torch.arange(coded, start, device=key.device)
-            leaving = max(0, start + count - self.window - coded)
+            leaving = start + count - self.window - coded
         if not before.shape[0]:
             return key, value, new, leaving
         keys, values = self.recent.at(before)
@@ -428,6 +437,7 @@ class PackedLayer:
         if not self.spec.window:
             return [*history, _Axis(*self._through_codes(key, value, new, form), new)]
         keys, values, numbers, leaving = self._leaving(key, value, new)
+        leaving = max(0, leaving)
         coded = self._through_codes(keys[:, :, :leaving], values[:, :, :leaving], numbers[:leaving], form)
         return [
             *history,
@@ -464,7 +474,7 @@ class PackedLayer:
         scale = self.history.parts[0][1]
         tokens = self.sinks.tokens.long()
         held = torch.arange(scale.shape[2], device=scale.device)
-        numbers = self.history.columns(self.device) if self.is_sliding else held
+        numbers = self.history.columns(self.device, self._ahead()) if self.is_sliding else held
         hidden = (tokens[:, :, None] == numbers[: scale.shape[2]]).any(1)[:, None]
         kept = scale[:, :, : hidden.shape[2]]
         kept.copy_(torch.where(hidden, -kept.abs(), kept.abs()))
@@ -584,9 +594,9 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
     def _make_room(self, key: Tensor, value: Tensor) -> None:
         count = key.shape[2]
         if self.history.parts:
-            self.history.reserve(count)
+            self.history.reserve(count + self._ahead())
         else:
-            self.history.start_with((key, value), max(0, count - self.window))
+            self.history.start_with((key, value), max(0, count - self.window + self._ahead()))
 
     def _advance(self, count: int) -> None:
         self.length += count
@@ -631,6 +641,9 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
         """Not for now: its history moves in its buffers."""
         return False
+
+    def _ahead(self) -> int:
+        return 0
 
     def __init__(self, replaced: DynamicSlidingWindowLayer, spec: LayerSpec, owner: PackedLayer | None):
         DynamicSlidingWindowLayer.__init__(self, replaced.sliding_window)

@@ -67,7 +67,7 @@ class GrowingStore:
             spare = max(_LEAST_GROWTH, needed // _GROWTH_SHARE)
             if self.limit is not None:  # what is over the limit is dropped at once
                 spare = 0
-            self._map(lambda t: _longer(t, self.length, needed + spare))
+            self._map(lambda t: _longer(t, t.shape[2], needed + spare))
 
     def _written(self, old: Parts, new: Parts) -> Parts:
         """New tokens copied behind the old; a tensor that came once for the batch is repeated if the other is
@@ -98,9 +98,9 @@ class GrowingStore:
         held = (tuple(t[:, :, : self.length] for t in parts) for parts in self.parts)
         return tuple(c.decode(p) for c, p in zip(self.codecs, held, strict=True))
 
-    def columns(self, device: torch.device) -> Tensor:
-        """Number of the token in each column, int64 [N]."""
-        return torch.arange(self.first, self.end, device=device)
+    def columns(self, device: torch.device, ahead: int = 0) -> Tensor:
+        """Number of the token in each column, int64 [N]; `ahead` counts tokens behind the newest."""
+        return torch.arange(self.first, self.end + ahead, device=device)
 
     def at(self, numbers: Tensor) -> tuple[Tensor, ...]:
         """Tokens by number, int64 [M]; a number that is not held gives some other token."""
@@ -183,9 +183,11 @@ class RingStore:
         """Every column [B, H, size, D], a field each."""
         return tuple(c.decode(p) for c, p in zip(self.codecs, self.parts, strict=True))
 
-    def columns(self, device: torch.device) -> Tensor:
-        """Number of the token in each column, int64 [size]; negative where it is empty."""
-        newest = self.count - 1
+    def columns(self, device: torch.device, ahead: int = 0) -> Tensor:
+        """Number of the token in each column, int64 [size], negative where it is empty; `ahead` counts tokens
+        behind the newest.
+        """
+        newest = self.count - 1 + ahead
         return newest - (newest - torch.arange(self.size, device=device)) % max(self.size, 1)
 
     def at(self, numbers: Tensor) -> tuple[Tensor, ...]:

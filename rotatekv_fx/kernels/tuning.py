@@ -34,16 +34,15 @@ def row_block(rows: int, few: int) -> int:
 
 
 def step_warps(rows: int) -> int:
-    """Warps of a program of `step_kernel` that has so many rows."""
+    """Warps of a program of `step_kernel` or `finish_kernel` that quantizes so many rows."""
     return 8 if rows == 1 else 4
 
 
-def combine_block(parts: int, channels: int) -> tuple[int, int, int]:
-    """Parts and channels that a program of `combine_kernel` reads at a time, and its warps."""
+def combine_block(parts: int, channels: int) -> tuple[int, int]:
+    """Parts and channels that a combining program of `finish_kernel` reads at a time."""
     block = min(256, 1 << max(0, parts - 1).bit_length())
-    if block <= 16:
-        return block, 1 << max(0, channels - 1).bit_length(), 2
-    return block, min(32, 1 << max(0, channels - 1).bit_length()), 8 if block > 64 else 4
+    whole = 1 << max(0, channels - 1).bit_length()
+    return block, whole if block <= 16 else min(32, whole)
 
 
 @functools.cache

@@ -215,7 +215,8 @@ def extend(
     new, heads, dim = key.shape[2], key.shape[1], key.shape[3]
     device, capacity = key.device, history[0].shape[2]
     leaving = min(new, capacity)
-    numbers = torch.arange(leaving, device=device) + (start + new - window - leaving)
+    ahead = max(0, window - 1)  # the oldest token of the window has its codes already
+    numbers = torch.arange(leaving, device=device) + (start + new - ahead - leaving)
     if recent:
         size = recent[0].shape[2]
         from_new = (numbers - start).clamp(0, new - 1)

@@ -12,9 +12,9 @@ output's, 2^24 to the scales.
 A token's value scale is part of its weight, as its logarithm in the score: fp16 then holds the weights of any
 scale, and the sums of weights and offsets divide it out again. Scales are read a tile ahead of their use.
 
-Three launches make a step: `step_kernel` (rotate the query, quantize what leaves the window, store the new
-token), `decode_kernel` (parts of the sums over tokens) and `combine_kernel`. On Hopper the later two start
-early and wait where they need the results of the one before.
+Three launches make a step: `step_kernel` (rotate the query, store the new token), `decode_kernel` (parts of
+the sums over tokens) and `finish_kernel` (combine the parts, and quantize the token that the next step reads
+through its codes). On Hopper the later two start early and wait where they need results of the one before.
 
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
@@ -32,7 +32,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
-from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, layout_of
+from rotatekv_fx.kernels.quantize.triton import (
+    cos_sin,
+    launch_step,
+    layout_of,
+    quantize_program,
+    quantizing,
+)
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -245,7 +251,7 @@ def _history(
             ahead = tl.minimum(start + tl.arange(0, 2 * N), capacity - 1)
             _prefetch(key_codes + ahead.to(tl.int64) * KWORDS)
             _prefetch(value_codes + ahead.to(tl.int64) * VWORDS)
-        gdc_wait()  # for what `step_kernel` writes: rotated queries, the codes of one token, the ring
+        gdc_wait()  # for what `step_kernel` writes: rotated queries, the ring, codes if there is no window
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
         mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
@@ -546,21 +552,16 @@ def decode_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["parts"])
-def combine_kernel(
-    part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
+@triton.jit
+def _combine(
+    row, first_channel, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
     DV: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * units * rows, DV / COLUMNS): some channels of one query row, of parts [parts, DV].
-
-    A sink logit (one a query head) joins the denominator.
+    """Some channels of one query row, of parts [parts, DV]. A sink logit (one a query head) joins the
+    denominator.
     """
-    if DEPENDENT:
-        gdc_wait()
-    row = tl.program_id(0)
     first = ((row // rows).to(tl.int64) * parts) * rows + row % rows
-    channel, block = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
+    channel, block = first_channel + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
     top, total = tl.full([], _LOWEST, tl.float32), tl.full([], 0.0, tl.float32)
     if HAS_LOGITS:
         top, total = tl.load(sink_logits + row % HAS_LOGITS).to(tl.float32) * _LOG2E, total + 1.0
@@ -585,6 +586,50 @@ def combine_kernel(
     tl.store(
         out_ptr + row.to(tl.int64) * DV + channel, result.to(out_ptr.dtype.element_ty), mask=channel < DV
     )
+
+
+@triton.jit(do_not_specialize=["number", "parts", "tokens", "rows_total", "new_tokens"])
+def finish_kernel(
+    count_ptr, number, quantize_programs, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
+    key_programs, row_blocks, tokens, rows_total, new_tokens,
+    new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+    key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    key_clip, value_clip, units,
+    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
+    KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
+    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: programs that quantize, where it QUANTIZES, which wait for nothing; then B * units * rows times
+    DV / COLUMNS programs that combine.
+    """
+    program = tl.program_id(0)
+    if QUANTIZES:  # noqa: SIM102, a constant and a runtime condition
+        if program < quantize_programs:
+            start = number
+            if COUNTED:
+                start = tl.load(count_ptr).to(tl.int32)
+            quantize_program(
+                program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
+                new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+                key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+                key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+                key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
+                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, WRAPS, LAG, ROWS,
+            )  # fmt: skip
+    program -= quantize_programs
+    if program >= 0:
+        if DEPENDENT:
+            gdc_wait()
+        tiles: tl.constexpr = (DV + COLUMNS - 1) // COLUMNS
+        _combine(
+            program // tiles, program % tiles * COLUMNS, part_ptr, weight_ptr, sink_logits, out_ptr, parts,
+            rows, DV, HAS_LOGITS, BLOCK, COLUMNS,
+        )  # fmt: skip
 
 
 def decode(
@@ -624,9 +669,14 @@ def decode(
     rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)
     dependent = tuning.dependent_launch(query.device)
     launch = {"launch_pdl": True} if dependent else {}
+    codes = quantizing(
+        layout, key, value, history, recent, sinks, key_map, position, key_clip, value_clip, scheme, window,
+        wraps,
+    )  # fmt: skip
+    before, after = (0, codes.programs) if window else (codes.programs, 0)
     launch_step(
-        layout, key, value, history, recent, sinks, key_map, position, count, number, key_clip, value_clip,
-        scheme, window, wraps, query, rotated, scale * math.log2(math.e), dependent,
+        codes, count, number, 1 if recent else 0, before, query, key_map[2], rotated,
+        scale * math.log2(math.e), dependent,
     )  # fmt: skip
     unit_heads = layout.heads
     repeats = query_heads // heads
@@ -669,11 +719,14 @@ def decode(
         MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
         DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
-    block, columns, warps = tuning.combine_block(count_parts, value_dim)
-    combine_kernel[(batch * query_heads, triton.cdiv(value_dim, columns))](
-        parts, weights, weights if sink_logits is None else sink_logits, out, count_parts, rows,
-        DV=value_dim, HAS_LOGITS=0 if sink_logits is None else query_heads,
-        BLOCK=block, COLUMNS=columns, DEPENDENT=dependent, num_warps=warps, **launch,
+    block, columns = tuning.combine_block(count_parts, value_dim)
+    finish_kernel[(after + batch * query_heads * triton.cdiv(value_dim, columns),)](
+        position if count is None else count, number, after, parts, weights,
+        weights if sink_logits is None else sink_logits, out, count_parts, rows, *codes.arguments,
+        COUNTED=count is not None, QUANTIZES=after > 0,
+        HAS_LOGITS=0 if sink_logits is None else query_heads, BLOCK=block, COLUMNS=columns,
+        DEPENDENT=dependent, **codes.constants, num_warps=tuning.step_warps(codes.rows), maxnreg=128,
+        **launch,
     )  # fmt: skip
     return out
 

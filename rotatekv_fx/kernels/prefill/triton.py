@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, layout_of, wave_product
+from rotatekv_fx.kernels.quantize.triton import cos_sin, extend, layout_of, wave_product
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -242,9 +242,9 @@ def prefill(
             torch.cat([ring[:, :, slots].to(x.dtype), x], 2)
             for ring, x in zip(recent, (key, value), strict=True)
         )
-    launch_step(
-        layout, key, value, history, recent, sinks, key_map, position, None, number, key_clip, value_clip,
-        scheme, window, False,
+    extend(
+        key, value, history, recent, sinks, key_map, position, None, number, key_bits, value_bits, key_group,
+        value_group, key_clip, value_clip, scheme, window, False,
     )  # fmt: skip
     coded = max(0, number + new - window)
     parts: list[tuple[Tensor, Tensor, int]] = []

@@ -94,10 +94,8 @@ def _store_planes(
 
 
 @triton.jit
-def _product(x, matrix, y, ROWS: tl.constexpr):
-    """y + x @ matrix, for an fp32 matrix: one row is no work for tensor cores."""
-    if ROWS == 1:
-        return y + tl.sum(tl.trans(x.to(tl.float32)) * matrix, 0)[None, :]
+def _product(x, matrix, y):
+    """y + x @ matrix, for an fp32 matrix."""
     if x.dtype == tl.float32 or _INTERPRETED:
         return tl.dot(x.to(tl.float32), matrix, y, input_precision="tf32x3")
     high = matrix.to(x.dtype)  # and the matrix as the sum of two 16-bit ones
@@ -149,58 +147,49 @@ def _transformed(
     unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
     new_ptr, new_tokens, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
     units, U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    PAIRS: tl.constexpr, WINDOW: tl.constexpr,
+    PAIRS: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """Keys less their means, times the unit's matrix: `channel` of a group, fp32 [ROWS, channels].
 
-    A single row takes its whole matrix at once; many rows take it in steps that fit registers.
+    The matrix comes in steps that fit registers. A single row keeps the sum's terms apart to the end.
     """
-    STEP: tl.constexpr = DP if ROWS == 1 else 32 if DP > 32 else DP
-    TURNS: tl.constexpr = PAIRS if ROWS == 1 or PAIRS < 32 else 32
+    STEP: tl.constexpr = 32 if DP > 32 else DP
+    TURNS: tl.constexpr = 32 if PAIRS > 32 else PAIRS
+    UNROLL: tl.constexpr = DP // STEP if ROWS == 1 else 1
     y = tl.zeros([ROWS, channel.shape[0]], tl.float32)
-    if PAIRS > 0:
-        pair = tl.arange(0, TURNS)
-        mean = mean_ptr + pair[:, None] * WIDTH + channel[None, :]
-        keep = real[None, :] & (pair >= 0)[:, None]
     source = tl.arange(0, STEP)
     matrix_ptr += source[:, None] * WIDTH + channel[None, :]
-    if ROWS == 1:
-        if PAIRS > 0:
-            by_cos = tl.load(mean, mask=keep, other=0.0)
-            by_sin = tl.load(mean + PAIRS * WIDTH, mask=keep, other=0.0)
-        for u in tl.static_range(U):
+    if PAIRS > 0:
+        newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+        place = (newest + (row % tokens + 1 - tokens - LAG)).to(tl.float64)[:, None]
+        pair = tl.arange(0, TURNS)
+        mean_ptr += pair[:, None] * WIDTH + channel[None, :]
+        keep = real[None, :] & (pair >= 0)[:, None]
+        terms = tl.zeros([TURNS, channel.shape[0]], tl.float32)
+        for p0 in tl.range(0, PAIRS, TURNS, loop_unroll_factor=UNROLL):
+            by_cos = tl.load(mean_ptr + p0 * WIDTH, mask=keep, other=0.0)
+            by_sin = tl.load(mean_ptr + (p0 + PAIRS) * WIDTH, mask=keep, other=0.0)
+            cos, sin = cos_sin(place * tl.load(angle_ptr + p0 + pair)[None, :])
+            if ROWS == 1:
+                terms += tl.trans(cos) * by_cos + tl.trans(sin) * by_sin
+            else:
+                y = wave_product(-sin, by_sin, wave_product(-cos, by_cos, y))
+        if ROWS == 1:
+            y -= tl.sum(terms, 0)[None, :]
+    for u in tl.static_range(U):
+        head = batch * (units * U) + unit * U + u
+        terms = tl.zeros([STEP, channel.shape[0]], tl.float32)
+        for c0 in tl.range(0, DP, STEP, loop_unroll_factor=UNROLL):
             matrix = tl.load(
-                matrix_ptr + u * D * WIDTH, mask=(source < D)[:, None] & real[None, :], other=0.0
+                matrix_ptr + (u * D + c0) * WIDTH, mask=(c0 + source < D)[:, None] & real[None, :], other=0.0
             )
-            tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
-            if PAIRS > 0 and u == 0:
-                newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
-                place = newest + (row % tokens + 1 - tokens - WINDOW)
-                angles = tl.load(angle_ptr + pair)
-            head = batch * (units * U) + unit * U + u
-            x = _rows_of(head, source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
-            if PAIRS > 0 and u == 0:
-                cos, sin = cos_sin(place.to(tl.float64)[:, None] * angles[None, :])
-                y = _product(-cos, by_cos, y, ROWS)
-                y = _product(-sin, by_sin, y, ROWS)
-            y = _product(x, matrix, y, ROWS)
-    else:
-        if PAIRS > 0:
-            newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
-            place = (newest + (row % tokens + 1 - tokens - WINDOW)).to(tl.float64)[:, None]
-            for p0 in range(0, PAIRS, TURNS):
-                cos, sin = cos_sin(place * tl.load(angle_ptr + p0 + pair)[None, :])
-                y = wave_product(-cos, tl.load(mean + p0 * WIDTH, mask=keep, other=0.0), y)
-                y = wave_product(-sin, tl.load(mean + (p0 + PAIRS) * WIDTH, mask=keep, other=0.0), y)
-        for u in tl.static_range(U):
-            head = batch * (units * U) + unit * U + u
-            for c0 in range(0, DP, STEP):
-                matrix = tl.load(
-                    matrix_ptr + (u * D + c0) * WIDTH, mask=(c0 + source < D)[:, None] & real[None, :],
-                    other=0.0,
-                )  # fmt: skip
-                x = _rows_of(head, c0 + source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
-                y = _product(x, matrix, y, ROWS)
+            x = _rows_of(head, c0 + source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
+            if ROWS == 1:
+                terms += tl.trans(x.to(tl.float32)) * matrix
+            else:
+                y = _product(x, matrix, y)
+        if ROWS == 1:
+            y += tl.sum(terms, 0)[None, :]
     return y
 
 
@@ -212,7 +201,7 @@ def _quantize_group(
     U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
-    WRAPS: tl.constexpr, MARK: tl.constexpr, WINDOW: tl.constexpr,
+    WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """Rows of one quantization group: gather, transform, quantize, pack, store."""
     PBITS: tl.constexpr = 2 if BITS == 3 else BITS
@@ -236,7 +225,7 @@ def _quantize_group(
             unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
             new_ptr, new_tokens, ring_ptr, ring, matrix_ptr + turned_group,
             mean_ptr + tl.cast(unit * 2 * PAIRS, tl.int64) * (GROUPS * GROUP) + group * GROUP,
-            angle_ptr, position_ptr, position_stride, units, U, D, DP, GROUPS * GROUP, ROWS, PAIRS, WINDOW,
+            angle_ptr, position_ptr, position_stride, units, U, D, DP, GROUPS * GROUP, ROWS, PAIRS, LAG,
         )  # fmt: skip
     else:
         flat = group * GROUP + channel
@@ -269,6 +258,42 @@ def _quantize_group(
         scale = tl.where(chosen, -scale, scale)
     tl.store(scale_ptr + at, scale.to(tl.float16), mask=inside)
     tl.store(offset_ptr + at, offset.to(offset_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_program(
+    program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
+    new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+    key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    key_clip, value_clip, units,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
+    KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
+    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Key programs, then value programs: `tokens` of each sequence become codes, the last of them LAG tokens
+    before the newest.
+    """
+    first = start + new_tokens - LAG - tokens
+    if program < key_programs:
+        _quantize_group(
+            program // row_blocks // KG, program // row_blocks % KG, program % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
+            new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
+            MIDPOINT, True, WRAPS, True, LAG,
+        )  # fmt: skip
+    else:
+        index = program - key_programs
+        _quantize_group(
+            index // row_blocks // VG, index // row_blocks % VG, index % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
+            units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
+            MIDPOINT, False, WRAPS, False, LAG,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -309,7 +334,7 @@ def _rotate_query(
             query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
             mask=inside[:, None] & (source < D)[None, :], other=0.0,
         )  # fmt: skip
-        y = _product(x, matrix, tl.zeros([ROWS, COLUMNS], tl.float32), ROWS) * factor
+        y = _product(x, matrix, tl.zeros([ROWS, COLUMNS], tl.float32)) * factor
         tl.store(
             rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y,
             mask=inside[:, None] & (column < WIDTH)[None, :],
@@ -347,61 +372,52 @@ def _store_recent(
 
 @triton.jit(do_not_specialize=["number", "tokens", "rows_total", "new_tokens", "ring_tokens"])
 def step_kernel(
-    count_ptr, number, tokens, rows_total, new_tokens, ring_tokens,
-    key_programs, value_programs, query_programs, query_blocks, row_blocks,
+    count_ptr, number, ring_tokens, quantize_programs, query_programs, query_blocks,
     query_ptr, query_matrix, rotated_ptr, factor, repeats, kv_heads,
+    key_programs, row_blocks, tokens, rows_total, new_tokens,
     new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
     key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
-    COUNTED: tl.constexpr, WINDOW: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr,
-    U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
-    KBITS: tl.constexpr, VBITS: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr,
-    KWIDTH: tl.constexpr, VWIDTH: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDED_ON: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
+    KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr, QROWS: tl.constexpr,
-    RING_BLOCK: tl.constexpr, DEPENDED_ON: tl.constexpr,
+    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Grid: key programs, then value, query and ring programs (B * Hkv of the last).
+    """Grid: programs that quantize, where it QUANTIZES; query programs; programs of the ring (B * Hkv).
 
-    New tokens are `number` ... number + new_tokens - 1 (number from `count_ptr` where COUNTED). `tokens` of
-    them or of the ring's become codes in each sequence: the last ones outside the window of WINDOW.
+    New tokens are `number` ... number + new_tokens - 1 (number from `count_ptr` where COUNTED).
     """
     if DEPENDED_ON:
         gdc_launch_dependents()  # the next kernel waits for this one's end where it needs its results
     start = number
     if COUNTED:
         start = tl.load(count_ptr).to(tl.int32)
-    first = start + new_tokens - WINDOW - tokens
     program = tl.program_id(0)
-    if program < key_programs:
-        _quantize_group(
-            program // row_blocks // KG, program // row_blocks % KG, program % row_blocks, tokens, rows_total,
-            first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
-            position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
-            new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
-            MIDPOINT, TRANSFORM, WRAPS, True, WINDOW,
-        )  # fmt: skip
-    elif program < key_programs + value_programs:
-        index = program - key_programs
-        _quantize_group(
-            index // row_blocks // VG, index // row_blocks % VG, index % row_blocks, tokens, rows_total,
-            first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
-            position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
-            units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
-            MIDPOINT, False, WRAPS, False, WINDOW,
-        )  # fmt: skip
-    elif program < key_programs + value_programs + query_programs:
+    if QUANTIZES:  # noqa: SIM102, a constant and a runtime condition
+        if program < quantize_programs:
+            quantize_program(
+                program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
+                new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+                key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+                key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+                key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
+                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, WRAPS, LAG, ROWS,
+            )  # fmt: skip
+    program -= quantize_programs
+    if (program >= 0) & (program < query_programs):
         parts: tl.constexpr = (QWIDTH + COLUMNS - 1) // COLUMNS
-        index = program - key_programs - value_programs
-        part, rest = index % parts, index // parts
+        part, rest = program % parts, program // parts
         _rotate_query(
             rest // query_blocks, rest % query_blocks, part, rows_total // tokens * repeats, repeats,
             kv_heads, query_ptr, query_matrix, rotated_ptr, factor, D, DP, QWIDTH, QROWS, COLUMNS,
         )  # fmt: skip
-    else:
+    elif program >= 0:
         _store_recent(
-            (program - query_programs - key_programs - value_programs).to(tl.int64), ring_tokens, start,
+            (program - query_programs).to(tl.int64), ring_tokens, start,
             new_keys, new_values, ring_keys, ring_values, ring, new_tokens, D, DV, DP, RING_BLOCK,
         )  # fmt: skip
 
@@ -438,6 +454,68 @@ def layout_of(
     return Layout(units, heads, *counts, *bits, *groups)
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+    """A launch of `quantize_program`s.
+
+    Attributes:
+        programs: how many.
+        arguments, constants: of `quantize_program`, from key_programs on.
+        rows: of a program.
+    """
+
+    programs: int
+    arguments: tuple[object, ...]
+    constants: dict[str, object]
+    rows: int
+
+
+def quantizing(
+    layout: Layout,
+    key: Tensor,
+    value: Tensor,
+    history: list[Tensor],
+    recent: list[Tensor],
+    sinks: list[Tensor],
+    key_map: list[Tensor],
+    position: Tensor,
+    key_clip: float,
+    value_clip: float,
+    scheme: str,
+    window: int,
+    wraps: bool,
+) -> Quantizing:
+    """What makes codes of as many tokens as are new (arguments as of the op `extend`, contiguous)."""
+    batch, _, new, dim = key.shape
+    value_dim, capacity = value.shape[3], history[0].shape[2]
+    tokens = min(new, capacity)
+    rows = tuning.row_block(batch * tokens, 1)
+    row_blocks = triton.cdiv(batch * tokens, rows)
+    key_programs = layout.units * layout.key_groups * row_blocks
+    ring_keys, ring_values = recent or (key, value)
+    sink_count = sinks[2].shape[1] if sinks else 0
+    matrix, mean, _, angles, _ = key_map
+    arguments = (
+        key_programs, row_blocks, tokens, batch * tokens, new, key, value, ring_keys, ring_values,
+        ring_keys.shape[2], sinks[2] if sinks else position, matrix, mean, angles, position,
+        0 if position.shape[0] == 1 else 1, *history, capacity, key_clip, value_clip, layout.units,
+    )  # fmt: skip
+    constants = {
+        "D": dim, "DV": value_dim, "DP": triton.next_power_of_2(max(dim, value_dim, 16)), "U": layout.heads,
+        "KG": layout.key_groups, "VG": layout.value_groups,
+        "KGROUP": layout.key_group, "VGROUP": layout.value_group,
+        "KBITS": layout.key_bits, "VBITS": layout.value_bits,
+        "KBYTES": history[0].shape[3], "VBYTES": history[3].shape[3],
+        "KWIDTH": _plane_width(layout.key_group, layout.key_bits),
+        "VWIDTH": _plane_width(layout.value_group, layout.value_bits),
+        "PAIRS": len(angles), "SINKS": sink_count,
+        "SINKS_PADDED": triton.next_power_of_2(max(1, sink_count)),
+        "MIDPOINT": scheme == "midpoint", "WRAPS": wraps, "LAG": max(0, window - 1), "ROWS": rows,
+    }  # fmt: skip
+    programs = key_programs + layout.units * layout.value_groups * row_blocks
+    return Quantizing(programs, arguments, constants, rows)
+
+
 def extend(
     key: Tensor,
     value: Tensor,
@@ -460,81 +538,47 @@ def extend(
 ) -> None:
     """The op `rotatekv::extend` (`rotatekv_fx.ops` describes it): codes first, then the ring."""
     layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
-    launch_step(
-        layout, key.contiguous(), value.contiguous(), history, recent, sinks, key_map, position, count,
-        number, key_clip, value_clip, scheme, window, wraps,
+    key, value = key.contiguous(), value.contiguous()
+    codes = quantizing(
+        layout, key, value, history, recent, sinks, key_map, position, key_clip, value_clip, scheme, window,
+        wraps,
     )  # fmt: skip
+    launch_step(codes, count, number, 0, codes.programs)  # the ring may hold what leaves
+    if recent:
+        launch_step(codes, count, number, min(key.shape[2], recent[0].shape[2]), 0)
 
 
 def launch_step(
-    layout: Layout,
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
+    codes: Quantizing,
     count: Tensor | None,
     number: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    wraps: bool,
+    ring_tokens: int,
+    quantize_programs: int,
     query: Tensor | None = None,
+    query_matrix: Tensor | None = None,
     rotated: Tensor | None = None,
     factor: float = 1.0,
     depended_on: bool = False,
 ) -> None:
-    """Launch `step_kernel`: once for one new token; twice for several, whose ring may hold what leaves."""
-    batch, heads, new, dim = key.shape
-    value_dim = value.shape[3]
-    capacity = history[0].shape[2]
-    tokens = min(new, capacity)
-    matrix, mean, query_matrix, angles = key_map[:4]
+    """Launch `step_kernel`: store `ring_tokens`, quantize where there are programs for it, and rotate a query
+    where there is one.
+    """
+    key, matrix, position = (codes.arguments[i] for i in (5, 11, 14))
+    batch, heads, new = key.shape[:3]
     repeats = 1 if query is None else query.shape[1] // heads
-    rows = tuning.row_block(batch * tokens, 1)
-    row_blocks = triton.cdiv(batch * tokens, rows)
     query_rows = tuning.row_block(batch * repeats, 4)
     query_blocks = triton.cdiv(batch * repeats, query_rows)
-    width, columns = query_matrix.shape[2], 32 if query_rows <= 4 else 64
-    sink_count = sinks[2].shape[1] if sinks else 0
+    width, columns = 1 if query is None else query_matrix.shape[2], 32 if query_rows <= 4 else 64
     query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
-    key_programs = layout.units * layout.key_groups * row_blocks
-    value_programs = layout.units * layout.value_groups * row_blocks
-    ring_keys, ring_values = recent or (key, value)
-    ring = ring_keys.shape[2]
-
-    def launch(programs: tuple[int, int, int, int], ring_tokens: int) -> None:
-        step_kernel[(sum(programs),)](
-            position if count is None else count, number, tokens, batch * tokens, new, ring_tokens,
-            *programs[:3], query_blocks, row_blocks,
-            key if query is None else query, query_matrix, query_matrix if rotated is None else rotated,
-            factor, repeats, heads, key, value, ring_keys, ring_values, ring,
-            sinks[2] if sinks else position, matrix, mean, angles, position,
-            0 if position.shape[0] == 1 else 1, *history, capacity, key_clip, value_clip, layout.units,
-            COUNTED=count is not None, WINDOW=window, D=dim, DV=value_dim,
-            DP=triton.next_power_of_2(max(dim, value_dim, 16)), U=layout.heads,
-            KG=layout.key_groups, VG=layout.value_groups, KGROUP=layout.key_group, VGROUP=layout.value_group,
-            KBITS=layout.key_bits, VBITS=layout.value_bits,
-            KBYTES=history[0].shape[3], VBYTES=history[3].shape[3],
-            KWIDTH=_plane_width(layout.key_group, layout.key_bits),
-            VWIDTH=_plane_width(layout.value_group, layout.value_bits),
-            QWIDTH=width, COLUMNS=columns, PAIRS=len(angles),
-            SINKS=sink_count, SINKS_PADDED=triton.next_power_of_2(max(1, sink_count)),
-            MIDPOINT=scheme == "midpoint", TRANSFORM=True, WRAPS=wraps,
-            ROWS=rows, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on,
-            num_warps=tuning.step_warps(rows),
-        )  # fmt: skip
-
-    ring_programs = batch * heads if recent else 0
-    if new == 1:
-        launch((key_programs, value_programs, query_programs, ring_programs), 1)
-        return
-    launch((key_programs, value_programs, query_programs, 0), 0)
-    if ring_programs:
-        launch((0, 0, 0, ring_programs), min(new, ring))
+    programs = quantize_programs + query_programs + (batch * heads if ring_tokens else 0)
+    step_kernel[(programs,)](
+        position if count is None else count, number, ring_tokens, quantize_programs, query_programs,
+        query_blocks, key if query is None else query, matrix if query is None else query_matrix,
+        matrix if query is None else rotated, factor, repeats, heads, *codes.arguments,
+        COUNTED=count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
+        QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on, **codes.constants,
+        num_warps=tuning.step_warps(codes.rows),
+    )  # fmt: skip
 
 
 def _plane_width(group: int, bits: int) -> int:
