@@ -48,7 +48,7 @@ class Shape:
 
 def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
     """Arguments of `decode` for a filled cache of random codes: recipe `centered`, head_group 1."""
-    b, h, d, held = shape.batch, shape.heads, shape.dim, shape.context - WINDOW
+    b, h, d, held = shape.batch, shape.heads, shape.dim, shape.context - WINDOW + 1
     device = torch.device("cuda")
     group = 128
     unit = max(1, group // d)

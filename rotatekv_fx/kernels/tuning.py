@@ -38,6 +38,11 @@ def step_warps(rows: int) -> int:
     return 8 if rows == 1 else 4
 
 
+def quantizes_late(rows: int) -> bool:
+    """Whether `finish_kernel` quantizes, in programs of so many rows, rather than `step_kernel`."""
+    return rows == 1
+
+
 def combine_block(parts: int, channels: int) -> tuple[int, int]:
     """Parts and channels that a combining program of `finish_kernel` reads at a time."""
     block = min(256, 1 << max(0, parts - 1).bit_length())

@@ -235,8 +235,8 @@ def extend(
     waves = torch.cat([turned.cos(), turned.sin()], -1).float()
     coded = torch.einsum("bsuc,ucd->bsud", flat, matrix) - torch.einsum("bsp,upd->bsud", waves, mean)
     coded = coded.reshape(key.shape[0], leaving, heads, dim).transpose(1, 2)
-    # Tokens before the first have no slot: they are written where a real one is written after them.
-    held = numbers >= 0
+    # Tokens without a slot are written where a real one is written after them.
+    held = (numbers >= 0) if wraps else (numbers >= 0) & (numbers < capacity)
     slots = torch.where(held, numbers % capacity if wraps else numbers, 0)
     order = torch.argsort(held.to(torch.uint8), stable=True)
     kept = order if isinstance(start, Tensor) else order[int((~held).sum()) :]

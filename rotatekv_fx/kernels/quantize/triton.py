@@ -210,6 +210,8 @@ def _quantize_group(
     inside = row < rows_total
     batch, number = (row // tokens).to(tl.int64), first + row % tokens
     inside = inside & (number >= 0)
+    if not WRAPS:
+        inside = inside & (number < capacity)
     column = tl.arange(0, PLANES * WIDTH)
     real = column % WIDTH < GROUP // PLANES
     channel = column // WIDTH * (GROUP // PLANES) + column % WIDTH  # within the group
