@@ -38,11 +38,6 @@ def step_warps(rows: int) -> int:
     return 8 if rows == 1 else 4
 
 
-def quantizes_late(rows: int) -> bool:
-    """Whether `finish_kernel` quantizes, in programs of so many rows, rather than `step_kernel`."""
-    return rows == 1
-
-
 def combine_block(parts: int, channels: int) -> tuple[int, int]:
     """Parts and channels that a combining program of `finish_kernel` reads at a time."""
     block = min(256, 1 << max(0, parts - 1).bit_length())
@@ -74,11 +69,12 @@ def decode_choice(
     """
     processors = _multiprocessors(device)
     wave = processors * 8  # programs that run at once, by their registers
-    tile = 64 if rows <= 8 and channels <= 128 and units * capacity >= 64 * wave else 32
+    tile = 64 if rows <= 8 and channels <= 128 and units * capacity >= 24 * wave else 32
     if tile == 32:
         wave = processors * 12
     exact = units * exact_tiles
     splits = (wave - exact if 16 * exact < wave else wave) // units  # or history waits for exact tiles
     tiles = max(1, -(-capacity // tile))
+    splits = min(splits, max(64, -(-tiles // 3)))  # or combining takes longer than it saves
     each = -(-tiles // max(1, splits))
     return DecodeChoice(tile, 2, -(-tiles // each))

@@ -13,8 +13,8 @@ A token's value scale is part of its weight, as its logarithm in the score: fp16
 scale, and the sums of weights and offsets divide it out again. Scales are read a tile ahead of their use.
 
 Three launches make a step: `step_kernel` (rotate the query, store the new token), `decode_kernel` (parts of
-the sums over tokens) and `finish_kernel` (combine the parts). The token that the next step reads through its
-codes is quantized in the first or the last of them, where it delays the step least. On Hopper the later two
+the sums over tokens) and `finish_kernel` (combine the parts, and quantize the token that the next step reads
+through its codes; without a window that is the new one, and the first launch does it). On Hopper the later two
 start early and wait where they need results of the one before.
 
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
@@ -674,8 +674,7 @@ def decode(
         layout, key, value, history, recent, sinks, key_map, position, key_clip, value_clip, scheme, window,
         wraps,
     )  # fmt: skip
-    late = window > 0 and tuning.quantizes_late(codes.rows)
-    before, after = (0, codes.programs) if late else (codes.programs, 0)
+    before, after = (0, codes.programs) if window else (codes.programs, 0)
     launch_step(
         codes, count, number, 1 if recent else 0, before, query, key_map[2], rotated,
         scale * math.log2(math.e), dependent,
