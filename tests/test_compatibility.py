@@ -149,7 +149,7 @@ class AsksForTheLength(LlamaAttention):
         (Branches, "takes another branch where a size leaves 2 to 16"),
         (BranchesBelow, "takes another branch where a size leaves 4 to"),
         (HandsOn, "hands tensors on to later layers through its arguments"),
-        (AsksForTheLength, "asks the cache for its length"),
+        (AsksForTheLength, "what it caches depends on how many tokens the cache holds"),
     ],
 )
 def test_modules_that_a_trace_would_get_wrong_are_refused(kind, reason):
