@@ -152,7 +152,7 @@ class _MarkerCache(Cache):
             _Refused: a traced number of tokens would stay what it was.
         """
         if self.written or self.past is not None:
-            raise _Refused("it asks the cache for its length")
+            raise _Refused("it asks the cache for its length after writing to it")
         return torch.ops.rotatekv_capture.held(self.device)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
