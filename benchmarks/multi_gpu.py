@@ -36,8 +36,8 @@ HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reference_model"
 PROMPT, NEW, BATCH = 300, 32, 2
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 4, 512
-# Two KV heads a process: what stays within two heads is the same on one device and on two. The rotations of
-# "centered" are fitted to statistics that differ by rounding, and its codes follow; those of "quarot" are fixed.
+# Two KV heads a process: what stays within two heads is the same on one device and on two. Rotations of
+# "centered" are fitted to statistics that differ by rounding, and codes follow; those of "quarot" are fixed.
 WITHIN_TWO_HEADS = {"head_group": 2, "group_size": 128}
 RECIPES: dict[str, RotateKVConfig] = {
     "none": RotateKVConfig(recipe="none"),
