@@ -75,9 +75,11 @@ def transform(
     config = config or RotateKVConfig()
     recipe = recipes.get(config.recipe)
     _check_model(model)
-    if calibration is not None:
-        calibration.check(model)
     matched = _match(model)
+    if (
+        calibration is not None
+    ):  # after the model ran: some quantized weights are packed anew when they first do
+        calibration.check(model)
     _check_matched(model, matched, config)
     if calibration is None and recipe.needs_calibration:
         calibration = collect(model, matched.sites, None, config.seed)
