@@ -76,10 +76,8 @@ def transform(
     recipe = recipes.get(config.recipe)
     _check_model(model)
     matched = _match(model)
-    if (
-        calibration is not None
-    ):  # after the model ran: some quantized weights are packed anew when they first do
-        calibration.check(model)
+    if calibration is not None:
+        calibration.check(model)  # once the model ran: 4-bit weights may be packed anew when they first do
     _check_matched(model, matched, config)
     if calibration is None and recipe.needs_calibration:
         calibration = collect(model, matched.sites, None, config.seed)

@@ -252,7 +252,9 @@ def _obstacle(module: torch.nn.Module, node: fx.Node) -> str:
         name = str(node.args[0].target)
         return f"{name} is called as it is ({why_opaque(module.get_submodule(name))})"
     if node.target is aten.linear.default:
-        return f"what {node.args[1].target} gives has other readers"
+        weight = node.args[1]
+        computed = weight.op != "get_attr"
+        return "its weights are computed" if computed else f"what {weight.target} gives has other readers"
     return f"{_spelled(node)} is in between"
 
 
