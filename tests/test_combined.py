@@ -11,8 +11,9 @@ from zoo import one_thread  # noqa: F401
 import rotatekv_fx as rk
 from benchmarks import tiny_models
 from rotatekv_fx.cache import PackedLayer
+from rotatekv_fx.errors import StateError
 
-CLOSE = {"rtol": 0, "atol": 1e-4}
+CLOSE = {"rtol": 0, "atol": 1e-4}  # a model with a cache of its own is no closer to itself without
 # One whose mixer runs beside its attention, and one whose mixers run in layers before it.
 NAMES = ("falcon_h1", "zamba")
 
@@ -96,3 +97,9 @@ def test_sinks_and_a_window_beside_the_states(pair):
     steps = [logits(packed, ids()[:, :12], cache)]
     steps += [logits(packed, ids()[:, i : i + 1], cache) for i in range(12, 18)]
     assert zoo.relative(torch.cat(steps, 1), logits(model, ids())) < 0.1
+
+
+def test_a_graph_without_the_states_is_refused(tmp_path):
+    packed = rk.transform(tiny_models.build("falcon_h1"), rk.RotateKVConfig(recipe="none"))
+    with pytest.raises(StateError, match="layer 0 keeps a state beside keys and values"):
+        rk.export_onnx(packed, tmp_path / "graph")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,8 @@ def test_offloaded_weights_are_refused():
 def test_tensor_parallel_on_two_processes(tmp_path):
     """Tokens of two processes with half the heads each are those of one."""
     command = [sys.executable, "-m", "benchmarks.multi_gpu", "--out", str(tmp_path), "--device", "cpu"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=500, capture_output=True)
+    one_thread_each = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=one_thread_each, check=True, timeout=500, capture_output=True)
     found = json.loads((tmp_path / "multi_gpu.json").read_text())["tensor_parallel"]
     rows = found["rows"]
     assert found["error"] is None
