@@ -149,6 +149,7 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4_text": {"floor_scale": 4},
     "mamba2": {"num_heads": 8, "n_groups": 1},
     "mllama": {"text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]}},
     "nemotron_h": {"mamba_num_heads": 8},
@@ -191,6 +192,7 @@ ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 ADJUSTMENTS["qwen4_exp_text"] = ADJUSTMENTS["qwen4_exp"]["text_config"]
+ADJUSTMENTS["llama4"] = {"text_config": ADJUSTMENTS["llama4_text"]}
 ADJUSTMENTS["dots3_note"] = {"text_config": ADJUSTMENTS["dots3_note_text"]}
 ADJUSTMENTS["gemma3n"] = {"text_config": ADJUSTMENTS["gemma3n_text"]}
 

@@ -21,6 +21,7 @@ from rotatekv_fx.capture import Capture, capture
 from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.errors import CalibrationError, ConfigError, InputError, MatchError, StateError
+from rotatekv_fx.opaque import is_plain
 from rotatekv_fx.passes.base import Rewrite
 from rotatekv_fx.passes.normalize import normalize
 from rotatekv_fx.passes.pipeline import dump_to, run_passes
@@ -74,9 +75,9 @@ def transform(
     config = config or RotateKVConfig()
     recipe = recipes.get(config.recipe)
     _check_model(model)
-    if calibration is not None:
-        calibration.check(model)
     matched = _match(model)
+    if calibration is not None:
+        calibration.check(model)  # once the model ran: 4-bit weights may be packed anew when they first do
     _check_matched(model, matched, config)
     if calibration is None and recipe.needs_calibration:
         calibration = collect(model, matched.sites, None, config.seed)
@@ -266,15 +267,20 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 def _keep_mergeable(site: AttentionSite, shared: set[int]) -> None:
     """Forget projections whose parameters are shared or quantized: their rotation is applied online."""
-    for side in ("key_projection", "value_projection", "output_projection"):
-        projection = getattr(site, side)
+    for side in ("key", "value", "output"):
+        projection = getattr(site, f"{side}_projection")
         if projection is None:
             continue
         names = [n for n in (projection.weight, projection.bias) if n is not None]
         own = dict(site.capture.module.named_parameters())
-        plain = all(n in own and type(own[n]) is nn.Parameter and own[n].is_floating_point() for n in names)
-        if not plain or any(id(own[n]) in shared for n in names):
-            setattr(site, side, None)
+        if not all(n in own and is_plain(own[n]) for n in names):
+            reason = f"{projection.weight} is quantized or computed"
+        elif any(id(own[n]) in shared for n in names):
+            reason = f"{projection.weight} is shared with another module"
+        else:
+            continue
+        setattr(site, f"{side}_projection", None)
+        site.unmerged[side] = reason
 
 
 def _check_matched(model: nn.Module, matched: _Matched, config: RotateKVConfig) -> None:

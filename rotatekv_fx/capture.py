@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rotatekv_fx.errors import InputError
@@ -30,6 +30,11 @@ from rotatekv_fx.opaque import call_as_they_are, stubbed
 aten = torch.ops.aten
 KeyPath = tuple[str | int, ...]
 MARKER = "rotatekv_capture"
+# Dynamic cache layers that have a packed twin, those with a state-space model's states included.
+_PACKABLE = {DynamicLayer, DynamicSlidingWindowLayer} | {
+    getattr(cache_utils, f"LinearAttentionAnd{kind}Layer", DynamicLayer)
+    for kind in ("FullAttention", "SlidingWindowAttention")
+}
 PAST = "past"  # input of an export that shows how many tokens the cache holds
 # Where constants of a captured graph live on the attention module once it is rewritten.
 RUNTIME_NAME = "rotatekv"
@@ -76,6 +81,17 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, extra: lis
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
+@torch.library.custom_op("rotatekv_capture::held", mutates_args=())
+def held(device: torch.device) -> Tensor:
+    """Stands for the number of tokens in the cache before the write, int64 []: none without a cache."""
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
+@held.register_fake
+def _(device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionArguments:
     """What the model passed to its attention function besides query, key, value and mask."""
@@ -116,24 +132,34 @@ class _Refused(Exception):
 
 
 class _MarkerCache(Cache):
-    """A cache whose `update` is the marker op; `past` [P] shows how many tokens it holds."""
+    """A cache whose `update` and length are marker ops; `past` [P] shows how many tokens it holds."""
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, device: torch.device):
         super().__init__(layers=[DynamicLayer() for _ in range(layers)])
+        self.device, self.written = device, False
         self.past: Tensor | None = None
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.written = True
         if self.past is None:
             return torch.ops.rotatekv_capture.kv_update(key, value)
         return torch.ops.rotatekv_capture.kv_update_after(key, value, self.past)
 
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        """Raise: a traced number of tokens would stay what it was.
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The marker of the length; inline attention has none.
 
         Raises:
-            _Refused: always.
+            _Refused: a traced number of tokens would stay what it was.
         """
-        raise _Refused("it asks the cache for its length")
+        if self.written or self.past is not None:
+            raise _Refused("it asks the cache for its length after writing to it")
+        return torch.ops.rotatekv_capture.held(self.device)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Refused("it asks the cache for more than keys and values")
+
+    get_mask_sizes = get_conv_state = get_recurrent_state = has_previous_state = _refuse
+    update_conv_state = update_recurrent_state = _refuse
 
 
 @dataclasses.dataclass
@@ -315,7 +341,7 @@ def _record_calls(
             calls[id(module)] = call
             writers[id(module)] = [frame[0] for frame in stack]
             kind = type(self.layers[layer_idx])
-            if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
+            if kind not in _PACKABLE:
                 call.refusal = f"its cache layer is a {kind.__name__}, which has no packed twin"
             elif before is not None and before.kwargs is not call_kwargs:
                 call.refusal = "the module serves several layers of the cache"
@@ -492,7 +518,7 @@ class _Wrapped(nn.Module):
         self.module, self.leaves, self.spec, self.cache = module, leaves, spec, cache
 
     def forward(self, tensors: list[Tensor], past: Tensor | None = None) -> Any:
-        self.cache.past = past
+        self.cache.past, self.cache.written = past, False
         it = iter(tensors)
         leaves = [next(it) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
@@ -522,7 +548,8 @@ def _capture_module(
     shapes: list[dict[int, Any]] = []
     inputs: list[CapturedInput] = []
     cache_path: KeyPath = ()
-    cache = _MarkerCache(1 + max(c.layer_index for c in calls.values()))
+    device = next(t.device for t in _tensors_in(call.args, call.kwargs))
+    cache = _MarkerCache(1 + max(c.layer_index for c in calls.values()), device)
     for (path, leaf), other in zip(located, other_leaves, strict=True):
         place = tuple(getattr(p, "key", getattr(p, "idx", None)) for p in path)
         if is_cache(leaf):

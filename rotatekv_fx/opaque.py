@@ -57,18 +57,27 @@ class _Stub(nn.Module):
         return torch.ops.rotatekv_capture.submodule(x, self.name, self.features, self.dtype)
 
 
-def is_opaque(module: nn.Module) -> bool:
-    """Whether a submodule without children must be called as it is."""
-    if next(module.children(), None) is not None:
-        return False
+def why_opaque(module: nn.Module) -> str | None:
+    """Why a submodule without children must be called as it is, or None where it need not."""
+    weighs = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+    if not weighs or next(module.children(), None) is not None:
+        return None
+    for parameter in module.parameters():
+        if type(parameter) is not nn.Parameter:
+            return f"weights of type {type(parameter).__name__}"
+        if not is_plain(parameter):
+            return f"weights of {str(parameter.dtype).removeprefix('torch.')}"
     own = vars(module)
     hook = own.get("_hf_hook")
-    moves_inputs_only = hook is not None and not getattr(hook, "offload", True)
-    changed = "forward" in own and not moves_inputs_only
-    hooked = bool(module._forward_hooks or module._forward_pre_hooks)
-    plain = all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters())
-    weighs = next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
-    return weighs and (changed or hooked or not plain)
+    if "forward" in own and (hook is None or getattr(hook, "offload", True)):  # others move inputs only
+        return "a forward of its own"
+    return "hooks" if module._forward_hooks or module._forward_pre_hooks else None
+
+
+def is_plain(parameter: Tensor) -> bool:
+    """Whether a parameter holds its numbers themselves: no subclass, and 16 bits or more."""
+    wide = parameter.is_floating_point() and parameter.dtype.itemsize > 1
+    return type(parameter) is nn.Parameter and wide
 
 
 @contextlib.contextmanager
@@ -83,7 +92,7 @@ def stubbed(module: nn.Module, outputs: Mapping[int, Tensor]) -> Iterator[None]:
         (parent, name, child, f"{prefix}.{name}".lstrip("."))
         for prefix, parent in module.named_modules()
         for name, child in parent.named_children()
-        if id(child) in outputs and is_opaque(child)
+        if id(child) in outputs and why_opaque(child)
     ]
     try:
         for parent, name, child, path in places:
@@ -120,4 +129,5 @@ def dense(parameter: Tensor | None) -> Tensor | None:
     if parameter is None:
         return None
     tensor = numbers(parameter)
-    return tensor if tensor.is_floating_point() and tensor.device.type != "meta" else None
+    wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8-bit numbers have scales beside them
+    return tensor if wide and tensor.device.type != "meta" else None

@@ -19,6 +19,8 @@ class SiteReport:
         positions: what is stored of positions: "ids", "rows" or "none".
         attention: "attend" (our op) or "inline" (the module's own arithmetic on dequantized keys and values).
         merged: projections that a rotation can be merged into.
+        unmerged: of the others, why not: a rotation of theirs is applied to keys, values or the attention's
+            output online.
         passes: what each pass counted; empty before transform().
         lowered: what each op of the rewritten graph runs on; empty before transform().
     """
@@ -33,6 +35,7 @@ class SiteReport:
     positions: str
     attention: str
     merged: tuple[str, ...]
+    unmerged: tuple[str, ...] = ()
     passes: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     lowered: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -97,14 +100,17 @@ def describe_site(site: AttentionSite, positions: str) -> SiteReport:
         positions=positions,
         attention="attend" if site.attention is not None else "inline",
         merged=tuple(f"{side}: {p.weight}" for side, p in projections.items() if p is not None),
+        unmerged=tuple(f"{side[0]}: {reason}" for side, reason in site.unmerged.items()),
     )
 
 
 def _rotation(site: SiteReport) -> str:
     counts = site.passes.get("insert_rotation")
     if counts is None:
-        return f"mergeable into {', '.join(m.partition(': ')[0] for m in site.merged) or 'none'}"
-    return ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "none"
+        done = f"mergeable into {', '.join(m.partition(': ')[0] for m in site.merged) or 'none'}"
+    else:
+        done = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "none"
+    return "\n".join([done, *site.unmerged])
 
 
 def _alike(sites: tuple[SiteReport, ...]) -> list[tuple[str, SiteReport]]:

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, fx
 
 from rotatekv_fx.capture import Capture, CapturedInput, CaptureFailure
-from rotatekv_fx.opaque import call_submodule
+from rotatekv_fx.opaque import call_submodule, why_opaque
 
 aten = torch.ops.aten
 KV_UPDATE = torch.ops.rotatekv_capture.kv_update.default
+HELD = torch.ops.rotatekv_capture.held.default
 ATTENTION = torch.ops.rotatekv_capture.attention.default
 
 
@@ -70,6 +71,7 @@ class AttentionSite:
     `key_pre` is [B, Hkv, S, D], or [B, S, Hkv, D] where `key_pre_transposed`.
     `attention` is the attention node, or None when the module computes its attention inline; `mask` the
     attention mask [B, 1, S, N] that it receives, bool or additive.
+    `unmerged`: why there is no projection of "key", "value" or "output" that a rotation can be merged into.
     """
 
     capture: Capture
@@ -90,6 +92,7 @@ class AttentionSite:
     value_projection: Projection | None
     output_projection: Projection | None
     opaque_output: OpaqueOutput | None = None
+    unmerged: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -171,6 +174,8 @@ def _find_site(capture: Capture) -> AttentionSite:
     depends = _dependencies(graph)
     placeholders = {n.name: n for n in graph.find_nodes(op="placeholder")}
 
+    if any(n.target is HELD for n in depends[key_post] | depends[value]):
+        raise _Reject("what it caches depends on how many tokens the cache holds", write)
     carried = [placeholders[i.name] for i in capture.inputs if placeholders[i.name] in depends[value]]
     hidden_like = [n for n in carried if n.meta["val"].is_floating_point()]
     if len(hidden_like) != 1 or len(carried) != 1:
@@ -201,7 +206,7 @@ def _find_site(capture: Capture) -> AttentionSite:
     )
     kv_heads, head_dim, value_dim = capture.key_shape[1], capture.key_shape[3], capture.value_shape[3]
     output, opaque_output = _output_projection(capture, attention, query_heads, value_dim)
-    return AttentionSite(
+    site = AttentionSite(
         capture=capture,
         hidden=hidden,
         key_pre=key_pre,
@@ -221,6 +226,36 @@ def _find_site(capture: Capture) -> AttentionSite:
         output_projection=output,
         opaque_output=opaque_output,
     )
+    _say_what_is_in_the_way(site)
+    return site
+
+
+def _say_what_is_in_the_way(site: AttentionSite) -> None:
+    """Note why rotations cannot be merged, for each side without a projection."""
+    module = site.capture.module
+    for side, target in (("key", site.key_pre), ("value", site.value)):
+        if getattr(site, f"{side}_projection") is None:
+            found = _layout_chain(target, lambda n: n.target not in LAYOUT_OPERATIONS)
+            site.unmerged[side] = _obstacle(module, found[1] if found else target)
+    if site.output_projection is None:
+        node = site.attention
+        while node is not None and len(node.users) == 1:
+            node = next(iter(node.users))
+            if node.target not in LAYOUT_OPERATIONS:
+                break
+        site.unmerged["output"] = "its attention is inline" if node is None else _obstacle(module, node)
+
+
+def _obstacle(module: torch.nn.Module, node: fx.Node) -> str:
+    """Why a rotation cannot pass this node."""
+    if node.target is call_submodule:
+        name = str(node.args[0].target)
+        return f"{name} is called as it is ({why_opaque(module.get_submodule(name))})"
+    if node.target is aten.linear.default:
+        weight = node.args[1]
+        computed = weight.op != "get_attr"
+        return "its weights are computed" if computed else f"what {weight.target} gives has other readers"
+    return f"{_spelled(node)} is in between"
 
 
 def _attention_node(graph: fx.Graph, write: fx.Node, capture: Capture) -> fx.Node | None:

@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 import zoo
+from torch import nn
+from transformers import DynamicCache, StaticCache
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 from zoo import one_thread  # noqa: F401
@@ -18,10 +20,10 @@ from benchmarks import compatibility, tiny_models
 from rotatekv_fx.errors import MatchError
 
 RECORDED = Path(compatibility.__file__).parent / "results" / "compatibility.json"
-# One of each kind: plain, soft-cap and sliding layers, fused QKV, experts, hybrid, multimodal, inline with a
+# One of each kind: plain, soft-cap and sliding layers, fused QKV, experts, hybrids, multimodal, inline with a
 # table over positions, two attentions; latent, an indexer, keys handed on, several layers a module.
 SUBSET = (
-    *("qwen3", "gemma2", "gpt_neox", "mixtral", "bamba", "got_ocr2", "gpt_neo", "diffllama"),
+    *("qwen3", "gemma2", "gpt_neox", "mixtral", "bamba", "falcon_h1", "got_ocr2", "gpt_neo", "diffllama"),
     *("deepseek_v3", "deepseek_v32", "gemma3n_text", "hrm_text"),
 )
 
@@ -143,13 +145,43 @@ class AsksForTheLength(LlamaAttention):
         return super().forward(hidden_states * (1 + cache.get_seq_length()), **kwargs)
 
 
+class AsksAfterWriting(LlamaAttention):
+    """Asks how long the cache is once its own tokens are in it."""
+
+    def forward(self, hidden_states, **kwargs):
+        output, weights = super().forward(hidden_states, **kwargs)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        return output * cache.get_seq_length(), weights
+
+
+class ReadsStates(LlamaAttention):
+    """Keeps something in the cache beside keys and values."""
+
+    def forward(self, hidden_states, **kwargs):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if hasattr(cache, "written") and cache.get_conv_state(self.layer_idx) is not None:
+            return hidden_states, None
+        return super().forward(hidden_states, **kwargs)
+
+
+class ScalesByThePast(nn.Linear):
+    """A projection of queries whose scale grows with the number of tokens before them."""
+
+    def forward(self, x):
+        past = 0 if self.cache[0] is None else self.cache[0].get_seq_length(self.layer_idx)
+        positions = torch.arange(x.shape[1], device=x.device) + past
+        return super().forward(x) * (1 + 0.05 * positions)[:, None]
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (AsksAfterWriting, "asks the cache for its length after writing to it"),
+        (ReadsStates, "asks the cache for more than keys and values"),
         (Branches, "takes another branch where a size leaves 2 to 16"),
         (BranchesBelow, "takes another branch where a size leaves 4 to"),
         (HandsOn, "hands tensors on to later layers through its arguments"),
-        (AsksForTheLength, "asks the cache for its length"),
+        (AsksForTheLength, "what it caches depends on how many tokens the cache holds"),
     ],
 )
 def test_modules_that_a_trace_would_get_wrong_are_refused(kind, reason):
@@ -160,6 +192,42 @@ def test_modules_that_a_trace_would_get_wrong_are_refused(kind, reason):
             block.forward = functools.partial(type(block).forward, block, shared=shared)
     with pytest.raises(MatchError, match=reason):
         rk.transform(model, rk.RotateKVConfig(recipe="none"))
+
+
+class ScaledQueries(LlamaAttention):
+    """Scales queries by the number of tokens before them."""
+
+    def forward(self, hidden_states, **kwargs):
+        self.q_proj.cache[0] = kwargs.get("cache", kwargs.get("past_key_values"))
+        return super().forward(hidden_states, **kwargs)
+
+
+def scaled_queries():
+    model = zoo.build("llama")
+    for i, block in enumerate(model.model.layers):
+        block.self_attn.__class__, block.self_attn.q_proj.__class__ = ScaledQueries, ScalesByThePast
+        block.self_attn.q_proj.cache, block.self_attn.q_proj.layer_idx = [None], i
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["none", "centered"])
+@pytest.mark.parametrize("static", [False, True])
+def test_queries_may_depend_on_how_many_tokens_the_cache_holds(recipe, static):
+    model = scaled_queries()
+    calibration = None if recipe == "none" else zoo.calibrated(model)
+    config = rk.RotateKVConfig(recipe=recipe, key_bits=8, value_bits=8, window=4, slack=2, sinks=2)
+    packed = rk.transform(scaled_queries(), config, calibration)
+    assert rk.report(packed).sites[0].attention == "attend"
+    ids = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    cache = (
+        StaticCache(config=model.config, max_cache_len=32) if static else DynamicCache(config=model.config)
+    )
+    with torch.no_grad():
+        parts = [packed(part, past_key_values=cache).logits for part in ids.split((7, 6, 1, 1, 1, 1, 3), 1)]
+        found, expected = torch.cat(parts, 1), model(ids, use_cache=False).logits
+    if recipe == "none":
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    assert zoo.relative(found, expected) < 0.03
 
 
 def test_one_module_for_several_layers_is_refused():

@@ -44,6 +44,7 @@ ALLOWED = {
         "calibration",
         "collect",
         "ops",
+        "opaque",
         "passes",
         "recipes",
         "report",

@@ -1,7 +1,7 @@
 """Projections that are called as they are: quantized weights, hooks, wrappers. Rotations are then online."""
 
 import copy
-import importlib.util
+import functools
 
 import pytest
 import torch
@@ -40,10 +40,27 @@ class Int8Linear(nn.Module):
         return F.linear(x, self.codes * self.scale)
 
 
-def quantize(model):
+class Float8Linear(nn.Linear):
+    """A linear layer with 8-bit floating-point weights, whose scale is beside them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = nn.Parameter(linear.weight.detach().abs().amax() / 400)
+        codes = (linear.weight.detach() / self.scale).to(torch.float8_e4m3fn)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    @property
+    def codes(self):
+        return self.weight.float()
+
+    def forward(self, x):
+        return F.linear(x, self.codes * self.scale)
+
+
+def quantize(model, kind=Int8Linear):
     for block in model.model.layers:
         for name in PROJECTIONS:
-            setattr(block.self_attn, name, Int8Linear(getattr(block.self_attn, name)))
+            setattr(block.self_attn, name, kind(getattr(block.self_attn, name)))
 
 
 def wrap(model):
@@ -65,28 +82,39 @@ def plain(model, factor=1.0):
     for block in copied.model.layers:
         for name in PROJECTIONS:
             own = getattr(block.self_attn, name)
-            weight = own.codes * own.scale if isinstance(own, Int8Linear) else own.weight * factor
+            weight = own.codes * own.scale if hasattr(own, "codes") else own.weight * factor
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight = nn.Parameter(weight.detach().clone())
             setattr(block.self_attn, name, linear)
     return copied
 
 
-CHANGES = {"quantized": (quantize, 1.0), "wrapped": (wrap, 1.5), "hooked": (hook, 1.5)}
+CHANGES = {
+    "int8": (quantize, 1.0),
+    "float8": (functools.partial(quantize, kind=Float8Linear), 1.0),
+    "wrapped": (wrap, 1.5),
+    "hooked": (hook, 1.5),
+}
+REASONS = {
+    "int8": "weights of int8",
+    "float8": "weights of float8_e4m3fn",
+    "wrapped": "a forward of its own",
+    "hooked": "hooks",
+}
 
 
 @pytest.fixture(scope="module", params=CHANGES)
 def pair(request):
-    """(a model with opaque projections, the same with ordinary ones)."""
+    """(a model with opaque projections, the same with ordinary ones, why)."""
     change, factor = CHANGES[request.param]
     model = zoo.build("llama")
     change(model)
-    if request.param == "quantized":
+    if factor == 1.0:
         ordinary = plain(model)
     else:
         ordinary = plain(zoo.build("llama"), factor)
     assert zoo.relative(logits(ordinary), logits(model)) < 1e-5
-    return model, ordinary
+    return model, ordinary, REASONS[request.param]
 
 
 def transformed(model, recipe, **settings):
@@ -96,7 +124,7 @@ def transformed(model, recipe, **settings):
 
 
 def test_recipe_none_changes_nothing(pair):
-    model, _ = pair
+    model, *_ = pair
     expected = logits(model)
     packed = transformed(model, "none")
     torch.testing.assert_close(logits(packed), expected, rtol=0, atol=2e-5)
@@ -107,12 +135,13 @@ def test_recipe_none_changes_nothing(pair):
 @pytest.mark.parametrize("recipe", CASES)
 def test_rotations_are_online_with_the_same_result(pair, recipe):
     """Up to the weights of o_proj, which recipe centered then does not know."""
-    model, ordinary = pair
+    model, ordinary, reason = pair
     bits = {"key_bits": 8, "value_bits": 8}
     expected = logits(model)
     packed = transformed(model, recipe, **CASES[recipe], **bits)
     for site in rk.report(packed).sites:
         assert site.merged == ()
+        assert site.unmerged == tuple(f"{s}: {s}_proj is called as it is ({reason})" for s in "kvo")
         assert site.passes["insert_rotation"] == {"merged": 0, "online": 3}
     assert rk.report(packed).originals_nbytes == 0
     assert zoo.relative(logits(packed), expected) < 0.02
@@ -137,19 +166,6 @@ def test_the_submodules_come_back_when_an_export_fails(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         rk.transform(model, rk.RotateKVConfig(recipe="none"))
     assert all(a is b for a, b in zip(model.model.layers[0].self_attn.children(), before, strict=True))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-@pytest.mark.parametrize("recipe", ["none", *CASES])
-def test_torchao_weights(recipe):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    model = zoo.build("llama")
-    quantize_(model, Int8WeightOnlyConfig())
-    expected = logits(model)
-    packed = transformed(model, recipe, **CASES.get(recipe, {}), key_bits=8, value_bits=8)
-    assert zoo.relative(logits(packed), expected) < (2e-5 if recipe == "none" else 0.02)
-    assert all(site.merged == () for site in rk.report(packed).sites)
 
 
 def test_a_calibration_serves_its_own_quantized_weights_alone():

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from rotatekv_fx.cache import keymap
 from rotatekv_fx.cache.codec import Codec, Parts
+from rotatekv_fx.cache.combined import COMBINED
 from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
@@ -20,6 +21,7 @@ from rotatekv_fx.rope import Rope
 
 ops = torch.ops.rotatekv
 
+_TWINS = TWINS | COMBINED
 _OWNERS = "rotatekv_position_owners"  # on a Cache: which layer holds the positions of which inputs
 _calls = threading.local()  # of each thread: block inputs of calls without a cache, by runtime
 
@@ -215,6 +217,11 @@ class AttentionRuntime(nn.Module):
             ~visible, torch.finfo(dtype).min
         )
 
+    def held(self, cache: Cache | None, device: torch.device) -> Tensor:
+        """How many tokens the cache holds, int64 []."""
+        length = 0 if cache is None else self.layer(cache).get_seq_length()
+        return length if isinstance(length, Tensor) else torch.full((), length, device=device)
+
     def layer(self, cache: Cache | None) -> PackedLayer:
         """The packed layer of this module in `cache`, put in the place of an empty transformers layer.
 
@@ -229,7 +236,7 @@ class AttentionRuntime(nn.Module):
         layer = layers[self.layer_index]
         if isinstance(layer, PackedLayer):
             return layer
-        if type(layer) not in TWINS:
+        if type(layer) not in _TWINS:
             raise StateError(
                 f"cache layer {self.layer_index} is a {type(layer).__name__}, which has no packed twin; use "
                 "a DynamicCache or a StaticCache."
@@ -243,7 +250,7 @@ class AttentionRuntime(nn.Module):
         limit = getattr(layer, "sliding_window", None) or getattr(layer, "max_cache_len", None)
         key = (type(layer), limit, self.positions.key)
         owners = cache.__dict__.setdefault(_OWNERS, {})
-        packed = TWINS[type(layer)](layer, self.spec, owners.get(key))
+        packed = _TWINS[type(layer)](layer, self.spec, owners.get(key))
         owners.setdefault(key, packed)
         layers[self.layer_index] = packed
         return packed
@@ -277,5 +284,6 @@ def cache_nbytes(cache: Cache) -> int:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    own = [t for t in vars(layer).values() if isinstance(t, Tensor)]
+    values = [x for v in vars(layer).values() for x in (v.values() if isinstance(v, dict) else [v])]
+    own = [t for t in values if isinstance(t, Tensor)]
     return own + (layer.stored_tensors() if isinstance(layer, PackedLayer) else [])

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from rotatekv_fx import api
 from rotatekv_fx.errors import ConfigError, InputError, RotateKVError, StateError
@@ -342,6 +343,9 @@ def _check_runtimes(model: nn.Module, runtimes: dict[int, ExportRuntime]) -> Non
         raise StateError(
             f"{layers - len(runtimes)} of {layers} layers were not transformed; the graph needs all."
         )
+    for index, layer in enumerate(DynamicCache(config=model.config).layers):
+        if isinstance(layer, LinearAttentionLayer):
+            raise StateError(f"layer {index} keeps a state beside keys and values, which the graph has not.")
     for index, runtime in runtimes.items():
         if runtime.positions.stored and runtime.positions.description != "ids":
             raise StateError(

@@ -125,6 +125,10 @@ class ExportRuntime(nn.Module):
         residual, self.residual = self.residual, None
         return residual
 
+    def held(self, cache: ExportCache, device: torch.device) -> Tensor:
+        """As `AttentionRuntime.held`."""
+        return torch.full((), cache.step.tokens - cache.step.new, device=device)
+
     def attend(
         self,
         cache: ExportCache,

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from rotatekv_fx.passes.base import Rewrite
+from rotatekv_fx.sites import HELD
 
 ops = torch.ops.rotatekv
 
@@ -36,6 +37,10 @@ def lower_attention(rewrite: Rewrite) -> dict[str, int]:
     with graph.inserting_before(placeholders[0]):
         runtime = graph.placeholder("runtime")
         cache = graph.placeholder("cache")
+    for node in graph.find_nodes(op="call_function", target=HELD):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_method("held", (runtime, cache, *node.args)))
+        graph.erase_node(node)
     inputs = {n.name: n for n in placeholders}
     positions = tuple(inputs[name] for name in rewrite.position_inputs)
     reads = [rewrite.key_read, rewrite.value_read, *rewrite.positions_read.values()]
