@@ -14,8 +14,8 @@ scale, and the sums of weights and offsets divide it out again. Scales are read 
 
 Three launches make a step: `step_kernel` (rotate the query, store the new token), `decode_kernel` (parts of
 the sums over tokens) and `finish_kernel` (combine the parts, and quantize the token that the next step reads
-through its codes; without a window that is the new one, and the first launch does it). On Hopper the later two
-start early and wait where they need results of the one before.
+through its codes; without a window that is the new one, and the first launch does it). On Hopper the later
+two start early and wait where they need results of the one before.
 
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
