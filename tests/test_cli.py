@@ -232,6 +232,6 @@ def test_the_module_runs_as_a_command(repository):
         check=False,
     )
     assert done.returncode == 2
-    assert (
-        done.stderr == "rotatekv: There is no folder './absent'; give the folder of a model, or a hub id.\n"
-    )
+    message = "rotatekv: There is no folder './absent'; give the folder of a model, or a hub id.\n"
+    assert done.stderr.endswith(message)  # libraries may have warned of themselves before
+    assert "Traceback" not in done.stderr
