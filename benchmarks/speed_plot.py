@@ -37,11 +37,11 @@ def main(results: Path = Path("benchmarks/results")) -> None:
     left.set_ylim(bottom=min(ours) / 1.6)
     left.set_xticks(contexts, [f"{c // 1024}k" for c in contexts])
     left.set(xlabel="tokens, one sequence", ylabel="microseconds a layer and token")
-    for name, marker in (("batch 8k", "o"), ("batch 32k", "^")):
-        rows = [row for row in report["rows"] if row["sweep"] == name]
+    for length, marker, line in (("8k", "o", "-"), ("32k", "^", "--")):
+        rows = [row for row in report["rows"] if row["sweep"] == f"batch {length}"]
         right.plot(
-            [row["batch"] for row in rows], [row["speedup"] for row in rows], marker=marker, color=OURS,
-            linestyle="-" if marker == "o" else "--", label=f"{name.removeprefix('batch ')} tokens a sequence",
+            [row["batch"] for row in rows], [row["speedup"] for row in rows], color=OURS, marker=marker,
+            linestyle=line, label=f"{length} tokens a sequence",
         )  # fmt: skip
     right.axhline(1.0, color=THEIRS, linewidth=1)
     right.set_xscale("log", base=2)

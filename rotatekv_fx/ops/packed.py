@@ -4,7 +4,8 @@ Their tensors come in groups, as a cache layer holds them (N slots, Ng groups of
 
 * history: key codes uint8 [B, Ng, N, bytes], key scale fp16 [B, Ng, N], key offset (fp16, or int16 zero
   points) [B, Ng, N], and the same three for values. Token n is in slot n, or n % N where it `wraps`. A
-  negative key scale hides a token's codes: it is a sink.
+  negative key scale hides a token's codes: it is a sink. With a window, its oldest token has codes already,
+  which the next step reads; every op expects and leaves them.
 * recent: exact keys and values [B, Hkv, ring, D], token n in slot n % ring; none without a window.
 * sinks: exact keys and values [B, Hkv, count, D] and their tokens int32 [B, count], -1 where unused; or none.
 * key_map: how keys become channels of codes (`rotatekv_fx.cache.keymap`), for units of heads that share
@@ -99,7 +100,8 @@ def _check_decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None
 def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """Attention of one new token over a packed layer, to which the token is added first.
 
-    The token that leaves the window becomes codes, in place; without a window, the new token itself does.
+    The token that leaves the window at the next step becomes codes, in place; without a window, the new token
+    itself does.
 
     Args:
         query: [B, Hq, 1, D], after RoPE.
@@ -142,7 +144,7 @@ def _check_extend(key: Tensor, value: Tensor, *rest: Any) -> None:
     check=_check_extend,
 )
 def _extend(key: Tensor, value: Tensor, *rest: Any) -> None:
-    """Adds new tokens to a packed layer, in place: what leaves the window becomes codes.
+    """Adds new tokens to a packed layer, in place: what leaves the window then or next becomes codes.
 
     Args:
         key, value: [B, Hkv, S, D] of the new tokens, after RoPE.
