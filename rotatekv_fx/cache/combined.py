@@ -12,14 +12,13 @@ from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import LinearAttentionLayer
 
-from rotatekv_fx.cache.layers import (
-    LayerSpec,
+from rotatekv_fx.cache.kinds import (
     PackedDynamicLayer,
-    PackedLayer,
     PackedSlidingLayer,
     PackedStaticLayer,
     PackedStaticSlidingLayer,
 )
+from rotatekv_fx.cache.layers import LayerSpec, PackedLayer
 
 
 class _States:

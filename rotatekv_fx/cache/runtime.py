@@ -14,7 +14,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from rotatekv_fx.cache import keymap
 from rotatekv_fx.cache.codec import Codec, Parts
 from rotatekv_fx.cache.combined import COMBINED
-from rotatekv_fx.cache.layers import TWINS, LayerSpec, PackedLayer
+from rotatekv_fx.cache.kinds import TWINS
+from rotatekv_fx.cache.layers import LayerSpec, PackedLayer
 from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.errors import StateError
 from rotatekv_fx.rope import Rope
