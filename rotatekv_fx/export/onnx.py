@@ -94,9 +94,9 @@ def export_onnx(
 class _Traced(nn.Module):
     """The whole model as a function of token ids and the cache's tensors."""
 
-    def __init__(self, model: nn.Module, parts: Parts):
+    def __init__(self, model: nn.Module, parts: Parts, runtimes: dict[int, ExportRuntime]):
         super().__init__()
-        self.model, self.parts = model, parts
+        self.model, self.parts, self.runtimes = model, parts, runtimes
         self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -122,7 +122,8 @@ class _Traced(nn.Module):
         moves = moved.get("leaving"), moved.get("staying")
         step = Step(total, new, queries, positions, prompt, several, *moves, {})
         self.parts.single = new
-        cache = ExportCache(self.model.config, step, {int(k): v for k, v in states.items()}, self.parts)
+        tensors = {int(layer): state for layer, state in states.items()}
+        cache = ExportCache(self.model.config, step, tensors, self.parts, self.runtimes)
         arguments: dict[str, Any] = {"logits_to_keep": logits_at} if self.selects else {}
         with Lowered():
             logits = self.model(
@@ -179,7 +180,7 @@ def _trace(model: nn.Module, runtimes: dict[int, ExportRuntime], opset: int) -> 
     pairs = [(layer, name) for layer, state in states.items() for name in state]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Traced(model, parts).eval(),
+            _Traced(model, parts, runtimes).eval(),
             (),
             kwargs=example,
             dynamic_shapes=shapes,
