@@ -140,9 +140,8 @@ def _sum_codes(codec: Codec, weights: Tensor, parts: tuple[Tensor, ...], dim: in
     weights = weights.reshape(batch, spans, query_heads // spans, columns)
     if groups > 1:
         weights = weights.repeat_interleave(groups, 1)
-    middle = base_of(codec, parts) + (2**q.bits - 1) / 2 * scale.float()
     summed = value_products(weights * scale.float()[:, :, None], codes, q.bits, q.group)
-    summed = summed + weights @ middle[..., None]
+    summed = summed + weights @ base_of(codec, parts)[..., None]
     if groups > 1:
         summed = regroup(summed, span)
     if together > 1:

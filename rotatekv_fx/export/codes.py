@@ -1,9 +1,9 @@
-"""Packed codes as numbers, and products with them that never unpack them one by one.
+"""Packed codes as numbers, and products with them that leave them in their bytes.
 
 A byte x holds `8 / width` digits. With f_i = floor(x / 2^(width i)), digit i is f_i - 2^width f_(i+1), so a
-product with digits is a sum of products with f_0, f_1, ...: one cast and one rounding a byte and plane, where
-unpacking takes several operations a digit. Which channel a digit belongs to: the byte layout at the op
-`quantize` (`rotatekv_fx.ops`).
+product with digits is a sum of products with f_0, f_1, ... Where those are not exact, digits are masked in
+place, and products divided by the powers of two that belong to them. Which channel a digit belongs to: the
+byte layout at the op `quantize` (`rotatekv_fx.ops`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ def levels(codes: Tensor, bits: int, group: int) -> Tensor:
 
 
 def _plane_levels(codes: Tensor, width: int) -> Tensor:
-    digits, count = 8 // width, codes.shape[2]
-    if digits == 1:
-        return codes.transpose(2, 3).float()
+    masked, units = _masked(codes, width)
+    return masked.transpose(2, 3).float() * units
+
+
+def _masked(codes: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Each digit where it is in its byte, uint8 [B, Ng, digits bytes, N], and what makes digits of them."""
+    digits = 8 // width
     places = torch.tensor([2 ** (width * i) for i in range(digits)], device=codes.device)
     masks = ((2**width - 1) * places).to(torch.uint8)
-    masked = codes[:, :, None] & masks[:, None, None]  # each digit where it is in its byte
-    return masked.flatten(2, 3).transpose(2, 3).float() * (1.0 / places).repeat_interleave(count)
+    masked = (codes[:, :, None] & masks[:, None, None]).flatten(2, 3)
+    return masked, (1.0 / places).repeat_interleave(codes.shape[2])
 
 
 def key_products(weight: Tensor, codes: Tensor, bits: int) -> Tensor:
@@ -88,9 +92,7 @@ def _key_plane(weight: Tensor, codes: Tensor, width: int) -> Tensor:
 
 
 def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) -> Tensor:
-    """probability . (codes - m), a sum over tokens, where m is the middle of the codes, (2^bits - 1) / 2.
-
-    Numbers around zero keep the sums small that are subtracted from each other.
+    """probability . codes, a sum over tokens.
 
     Args:
         probability: [B, Ng, R, N].
@@ -109,14 +111,9 @@ def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) ->
 
 
 def _value_plane(probability: Tensor, codes: Tensor, width: int) -> Tensor:
-    digits, count, x = 8 // width, codes.shape[2], codes.float()
-    middles = [(2.0 ** (8 - width * i) - 1.0) / 2.0 for i in range(digits)]  # of f_0, f_1, ...
-    first = probability @ (x - middles[0]).transpose(2, 3)
-    if digits == 1:
-        return first
-    floors = _floors(x, width) - torch.tensor(middles[1:], device=codes.device)[:, None, None]
-    sums = torch.cat([first, probability @ floors.flatten(2, 3).transpose(2, 3)], 3)
-    return (_of_floors(digits, width, codes.device) @ sums.unflatten(3, (digits, count))).flatten(3)
+    # sums over many tokens are not exact: differences of sums with f_0, f_1, ... would be far off
+    masked, units = _masked(codes, width)
+    return (probability @ masked.float().transpose(2, 3)) * units
 
 
 def _floors(x: Tensor, width: int) -> Tensor:
