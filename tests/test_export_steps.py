@@ -13,7 +13,7 @@ from rotatekv_fx.kernels.quantize.reference import unpack
 TOLERANCE = 1e-4  # of logits, in fp32
 STEPS = (20, 12, *[1] * 64)
 PADDING = (0, 4, 9)
-TIPPED = 2e-5  # share of codes that may fall on the other side of a rounding in their own step
+TIPPED = 1e-4  # share of codes that may fall on the other side of a rounding in their own step
 
 
 def stored(layer, name, count):
@@ -47,31 +47,39 @@ def force(cache, packed):
 
 
 def tipped(cache, packed, first, mask):
-    """How many codes of the history from token `first` on are not torch's, and how many there are."""
-    different = every = 0
+    """How many rounded numbers that a step stored are not torch's; how many codes among them, of how many.
+
+    Args:
+        first: of the history's tokens, the first that the step made.
+    """
+    numbers = wrong_codes = codes = 0
     for field in cache.decoder.fields:
         _, index, name = field.past.split(".")
-        if not name.endswith("codes"):
-            continue
         layer = packed.layers[int(index)]
-        tensor, numbers = stored(layer, name, cache.length)
-        kept = (numbers >= first) & (numbers < cache.history)
-        numbers, expected = numbers[kept], tensor[kept]
-        if not len(numbers):
+        expected, tokens = stored(layer, name, cache.length)
+        found = torch.from_numpy(cache._buffers[field.past][0].numpy())
+        if name in ("sink_scores", "sink_tokens"):
             continue
-        found = torch.from_numpy(cache._buffers[field.past][0].numpy()[numbers.numpy()])
-        q = (layer.spec.key if name.startswith("key") else layer.spec.value).quantizer
-        real = mask.T[numbers].bool()
-        wrong = unpack(found, q.bits, q.group) != unpack(expected, q.bits, q.group)
-        different, every = different + int(wrong[real].sum()), every + wrong[real].numel()
-    return different, every
+        if tokens is None:
+            numbers += int((found.flatten()[: expected.numel()].view(expected.shape) != expected).sum())
+            continue
+        kept = (tokens >= first) & (tokens < cache.history)
+        tokens, expected = tokens[kept], expected[kept]
+        found, real = found[tokens], mask.T[tokens].bool()
+        if name.endswith("codes"):
+            q = (layer.spec.key if name.startswith("key") else layer.spec.value).quantizer
+            found, expected = (unpack(x, q.bits, q.group) for x in (found, expected))
+            wrong_codes += int((found != expected)[real].sum())
+            codes += found[real].numel()
+        numbers += int((found != expected)[real].sum())
+    return numbers, wrong_codes, codes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["centered", "paper"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "phi3", "gemma2"])
 def test_each_step_from_torchs_state(name, recipe, tmp_path):
-    """Logits of two layers agree in each step in which no code tips over, and hardly any does."""
+    """Logits agree in each step that rounds as torch does, in nearly every other, and few codes differ."""
     settings = {"sinks": 4} if recipe == "paper" else {"window": 8, "sinks": 4}
     model = zoo.packed(name, recipe, 2, **settings)
     rk.export_onnx(model, tmp_path / "folder")
@@ -79,7 +87,7 @@ def test_each_step_from_torchs_state(name, recipe, tmp_path):
     positions = zoo.positions_of(mask)
     packed = DynamicCache(config=model.config)
     cache = Decoder(tmp_path / "folder").cache(len(PADDING), sum(STEPS))
-    done, worst, different, every = 0, [0.0], 0, 0
+    done, differences, wrong_codes, codes = 0, [], 0, 0
     for count in STEPS:
         part, history = slice(done, done + count), cache.history
         if done:
@@ -93,11 +101,11 @@ def test_each_step_from_torchs_state(name, recipe, tmp_path):
                 past_key_values=packed,
             ).logits
         found = torch.from_numpy(cache.step(ids[:, part].numpy(), mask[:, part].numpy(), range(count)))
-        wrong, codes = tipped(cache, packed, history, mask)
-        different, every = different + wrong, every + codes
-        if not wrong:
-            worst.append(float(((found - expected).abs() * mask[:, part, None]).max()))
-    print(f"{name} {recipe}: {max(worst):.1e} in {len(worst) - 1} steps; {different} of {every} codes differ")
-    assert max(worst) < TOLERANCE
-    assert len(worst) > len(STEPS) - 2
-    assert different <= max(1, TIPPED * every)
+        numbers, wrong, every = tipped(cache, packed, history, mask)
+        differences.append((numbers, float(((found - expected).abs() * mask[:, part, None]).max())))
+        wrong_codes, codes = wrong_codes + wrong, codes + every
+    rounded_alike = [worst for numbers, worst in differences if not numbers]
+    assert all(worst < TOLERANCE for worst in rounded_alike), differences
+    assert sum(worst < TOLERANCE for _, worst in differences) >= len(STEPS) - 4, differences
+    assert codes
+    assert wrong_codes <= TIPPED * codes, (wrong_codes, codes)

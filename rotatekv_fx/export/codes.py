@@ -1,9 +1,9 @@
-"""Packed codes as numbers, and products with them that leave them in their bytes.
+"""Packed codes as numbers, and products with them that never unpack them one by one.
 
 A byte x holds `8 / width` digits. With f_i = floor(x / 2^(width i)), digit i is f_i - 2^width f_(i+1), so a
-product with digits is a sum of products with f_0, f_1, ... Where those are not exact, digits are masked in
-place, and products divided by the powers of two that belong to them. Which channel a digit belongs to: the
-byte layout at the op `quantize` (`rotatekv_fx.ops`).
+product with digits is a sum of products with f_0, f_1, ...: one rounding a byte and plane, where unpacking
+takes several operations a digit. Which channel a digit belongs to: the byte layout at the op `quantize`
+(`rotatekv_fx.ops`).
 """
 
 from __future__ import annotations
@@ -37,17 +37,11 @@ def levels(codes: Tensor, bits: int, group: int) -> Tensor:
 
 
 def _plane_levels(codes: Tensor, width: int) -> Tensor:
-    masked, units = _masked(codes, width)
-    return masked.transpose(2, 3).float() * units
-
-
-def _masked(codes: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Each digit where it is in its byte, uint8 [B, Ng, digits bytes, N], and what makes digits of them."""
-    digits = 8 // width
-    places = torch.tensor([2 ** (width * i) for i in range(digits)], device=codes.device)
+    places = torch.tensor([2 ** (width * i) for i in range(8 // width)], device=codes.device)
     masks = ((2**width - 1) * places).to(torch.uint8)
-    masked = (codes[:, :, None] & masks[:, None, None]).flatten(2, 3)
-    return masked, (1.0 / places).repeat_interleave(codes.shape[2])
+    masked = codes[:, :, None] & masks[:, None, None]  # each digit where it is in its byte
+    units = (1.0 / places).repeat_interleave(codes.shape[2])
+    return masked.flatten(2, 3).transpose(2, 3).float() * units
 
 
 def key_products(weight: Tensor, codes: Tensor, bits: int) -> Tensor:
@@ -103,17 +97,26 @@ def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) ->
     Returns:
         fp32 [B, Ng, R, group].
     """
+    # as in `key_products`; 255 times the sum of such probabilities stays near 2^24 steps
+    large = probability.sum(-1, keepdim=True) * 2.0**8
+    whole = (probability + large) - large
+    both = torch.cat([whole, probability - whole], 2)
     if bits != 3:
-        return _value_plane(probability, codes, bits)[..., :group]
-    low = padded_group(group, bits) // 4
-    plane = _value_plane(probability, codes[:, :, :low], 2)
-    return (plane + 4.0 * _value_plane(probability, codes[:, :, low:], 1))[..., :group]
+        products = _value_plane(both, codes, bits)
+    else:
+        low = padded_group(group, bits) // 4
+        products = _value_plane(both, codes[:, :, :low], 2) + 4.0 * _value_plane(both, codes[:, :, low:], 1)
+    of_whole, of_rest = products[..., :group].chunk(2, 2)
+    return of_whole + of_rest
 
 
 def _value_plane(probability: Tensor, codes: Tensor, width: int) -> Tensor:
-    # sums over many tokens are not exact: differences of sums with f_0, f_1, ... would be far off
-    masked, units = _masked(codes, width)
-    return (probability @ masked.float().transpose(2, 3)) * units
+    digits, count, x = 8 // width, codes.shape[2], codes.float()
+    first = probability @ x.transpose(2, 3)
+    if digits == 1:
+        return first
+    sums = torch.cat([first, probability @ _floors(x, width).flatten(2, 3).transpose(2, 3)], 3)
+    return (_of_floors(digits, width, codes.device) @ sums.unflatten(3, (digits, count))).flatten(3)
 
 
 def _floors(x: Tensor, width: int) -> Tensor:
