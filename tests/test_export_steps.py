@@ -106,6 +106,6 @@ def test_each_step_from_torchs_state(name, recipe, tmp_path):
         wrong_codes, codes = wrong_codes + wrong, codes + every
     rounded_alike = [worst for numbers, worst in differences if not numbers]
     assert all(worst < TOLERANCE for worst in rounded_alike), differences
-    assert sum(worst < TOLERANCE for _, worst in differences) >= len(STEPS) - 4, differences
+    assert sum(worst < TOLERANCE for _, worst in differences) >= 0.9 * len(STEPS), differences
     assert codes
     assert wrong_codes <= TIPPED * codes, (wrong_codes, codes)
