@@ -1,14 +1,14 @@
-"""Products with packed codes that never unpack them one by one.
+"""Packed codes as numbers, and products with them that never unpack them one by one.
 
 A byte x holds `8 / width` digits. With f_i = floor(x / 2^(width i)), digit i is f_i - 2^width f_(i+1), so a
-product with digits is a few products with f_0, f_1, ...: one cast and one rounding a byte and plane, where
-unpacking takes several operations a digit. Which channel a digit belongs to: the byte layout at the op
-`quantize` (`rotatekv_fx.ops`).
+product with digits is a sum of products with f_0, f_1, ...: one rounding a byte and plane, where unpacking
+takes several operations a digit. Which channel a digit belongs to: the byte layout at the op `quantize`
+(`rotatekv_fx.ops`).
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -16,33 +16,73 @@ from torch import Tensor
 from rotatekv_fx.kernels.quantize.reference import padded_group
 
 
-def key_products(codes: Tensor, bits: int, weight: Tensor) -> Tensor:
-    """codes . weight of every token and group.
+def regroup(x: Tensor, channels: int) -> Tensor:
+    """[B, P, N, c] -> [B, P c / channels, N, channels]: a token's channels stay in their order."""
+    each = x.shape[3]
+    if each == channels:
+        return x
+    if each % channels == 0:
+        return x.unflatten(3, (each // channels, channels)).transpose(2, 3).flatten(1, 2)
+    if channels % each == 0:
+        return x.unflatten(1, (-1, channels // each)).transpose(2, 3).flatten(3)
+    return regroup(regroup(x, math.gcd(each, channels)), channels)
+
+
+def levels(codes: Tensor, bits: int, group: int) -> Tensor:
+    """uint8 [B, Ng, bytes, N] -> codes as numbers, fp32 [B, Ng, N, group]."""
+    if bits != 3:
+        return _plane_levels(codes, bits)[..., :group]
+    low = padded_group(group, bits) // 4
+    return (_plane_levels(codes[:, :, :low], 2) + 4.0 * _plane_levels(codes[:, :, low:], 1))[..., :group]
+
+
+def _plane_levels(codes: Tensor, width: int) -> Tensor:
+    places = torch.tensor([2 ** (width * i) for i in range(8 // width)], device=codes.device)
+    masks = ((2**width - 1) * places).to(torch.uint8)
+    masked = codes[:, :, None] & masks[:, None, None]  # each digit where it is in its byte
+    units = (1.0 / places).repeat_interleave(codes.shape[2])
+    return masked.flatten(2, 3).transpose(2, 3).float() * units
+
+
+def key_products(weight: Tensor, codes: Tensor, bits: int) -> Tensor:
+    """weight . codes of every token and group.
+
+    The weights are split into multiples of a step, a power of two, and a rest. Products of bytes with the
+    former are exact in fp32, and the rest is small: the large numbers that cancel leave no rounding errors.
 
     Args:
-        codes: uint8 [B, Ng, N, bytes].
+        weight: [B, Ng, R, group].
+        codes: uint8 [B, Ng, bytes, N].
         bits: of a code.
-        weight: [B, Ng, group, R].
 
     Returns:
-        fp32 [B, Ng, N, R].
+        fp32 [B, Ng, R, N].
     """
-    group = weight.shape[2]
-    weight = torch.nn.functional.pad(weight, (0, 0, 0, padded_group(group, bits) - group))
+    group = weight.shape[3]
+    # adding a large number rounds to its steps; the sums of 32 bytes times such weights stay below 2^24 steps
+    large = torch.linalg.vector_norm(weight, dim=(2, 3), keepdim=True) * 2.0**10
+    whole = (weight + large) - large
+    both = _padded(torch.cat([whole, weight - whole], 2), padded_group(group, bits) - group)
     if bits != 3:
-        return _key_plane(codes, bits, weight)
-    low = weight.shape[2] // 4
-    return _key_plane(codes[..., :low], 2, weight) + 4.0 * _key_plane(codes[..., low:], 1, weight)
+        products = _key_plane(both, codes, bits)
+    else:
+        low = both.shape[3] // 4
+        products = _key_plane(both, codes[:, :, :low], 2) + 4.0 * _key_plane(both, codes[:, :, low:], 1)
+    of_whole, of_rest = products.chunk(2, 2)
+    return of_whole + of_rest
 
 
-def _key_plane(codes: Tensor, width: int, weight: Tensor) -> Tensor:
-    parts = weight.chunk(8 // width, dim=2)
-    total = None
-    for i, floored in enumerate(_floors(codes, width)):
-        part = parts[i] if i == 0 else parts[i] - 2.0**width * parts[i - 1]
-        product = floored @ part
-        total = product if total is None else total + product
-    return total
+def _padded(x: Tensor, more: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, more)) if more else x
+
+
+def _key_plane(weight: Tensor, codes: Tensor, width: int) -> Tensor:
+    digits, count, x = 8 // width, codes.shape[2], codes.float()
+    if digits == 1:
+        return weight @ x
+    parts = _of_floors(digits, width, codes.device).T.contiguous() @ weight.unflatten(3, (digits, count))
+    first, others = parts.flatten(3).split([count, (digits - 1) * count], 3)
+    return first @ x + others @ _floors(x, width).flatten(2, 3)
 
 
 def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) -> Tensor:
@@ -50,27 +90,43 @@ def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) ->
 
     Args:
         probability: [B, Ng, R, N].
-        codes: uint8 [B, Ng, N, bytes].
+        codes: uint8 [B, Ng, bytes, N].
         bits: of a code.
         group: channels of a group.
 
     Returns:
         fp32 [B, Ng, R, group].
     """
+    # as in `key_products`; 255 times the sum of such probabilities stays near 2^24 steps
+    large = probability.sum(-1, keepdim=True) * 2.0**8
+    whole = (probability + large) - large
+    both = torch.cat([whole, probability - whole], 2)
     if bits != 3:
-        return _value_plane(probability, codes, bits)[..., :group]
-    low = padded_group(group, bits) // 4
-    plane = _value_plane(probability, codes[..., :low], 2)
-    return (plane + 4.0 * _value_plane(probability, codes[..., low:], 1))[..., :group]
+        products = _value_plane(both, codes, bits)
+    else:
+        low = padded_group(group, bits) // 4
+        products = _value_plane(both, codes[:, :, :low], 2) + 4.0 * _value_plane(both, codes[:, :, low:], 1)
+    of_whole, of_rest = products[..., :group].chunk(2, 2)
+    return of_whole + of_rest
 
 
 def _value_plane(probability: Tensor, codes: Tensor, width: int) -> Tensor:
-    """Sums of digits. Bytes are read less 128, which keeps the sums that are subtracted small."""
-    sums = [probability @ floored for floored in _floors(codes, width, 128.0)]
-    digits = [a - 2.0**width * b for a, b in itertools.pairwise(sums)]
-    return torch.cat([*digits, sums[-1] + 2.0 ** (width - 1) * probability.sum(-1, keepdim=True)], -1)
+    digits, count, x = 8 // width, codes.shape[2], codes.float()
+    first = probability @ x.transpose(2, 3)
+    if digits == 1:
+        return first
+    sums = torch.cat([first, probability @ _floors(x, width).flatten(2, 3).transpose(2, 3)], 3)
+    return (_of_floors(digits, width, codes.device) @ sums.unflatten(3, (digits, count))).flatten(3)
 
 
-def _floors(codes: Tensor, width: int, less: float = 0.0) -> list[Tensor]:
-    x = codes.float() - less if less else codes.float()
-    return [x, *(torch.floor(x * 2.0 ** (-width * i)) for i in range(1, 8 // width))]
+def _floors(x: Tensor, width: int) -> Tensor:
+    """f_1, f_2, ... of bytes [B, Ng, bytes, N]: [B, Ng, digits - 1, bytes, N]."""
+    scales = torch.tensor([2.0 ** (-width * i) for i in range(1, 8 // width)], device=x.device)
+    # a cast to whole numbers is the floor of a positive number, and faster
+    return (x[:, :, None] * scales[:, None, None]).to(torch.uint8).float()
+
+
+def _of_floors(digits: int, width: int, device: torch.device) -> Tensor:
+    """[digits, digits]: digits from f_0, f_1, ..."""
+    one = torch.eye(digits, device=device)
+    return one - 2.0**width * one.roll(1, 1).triu(1)

@@ -51,8 +51,39 @@ def without_sinks(visible: Tensor, tokens: Tensor, first: Tensor) -> Tensor:
         visible: [B or 1, 1, S, C], of tokens `first` [1] onwards.
         tokens: int64 [B, count], -1 for none.
     """
-    length = visible.shape[-1]
+    return visible & ~_marked(tokens, first, visible.shape[-1])[:, None, None]
+
+
+def _marked(tokens: Tensor, first: Tensor, length: int) -> Tensor:
+    """bool [.., length], true at these tokens [.., count] among the tokens `first` [1] onwards."""
     places = torch.where(tokens < first, length, (tokens - first).clamp(max=length))  # cut off: the last
-    hidden = torch.zeros(tokens.shape[0], length + 1, dtype=torch.int32, device=tokens.device)
-    hidden = hidden.scatter(1, places, torch.ones_like(tokens, dtype=torch.int32))
-    return visible & (hidden[:, None, None, :length] == 0)
+    marks = torch.zeros(*tokens.shape[:-1], length + 1, dtype=torch.int32, device=tokens.device)
+    return marks.scatter(-1, places, torch.ones_like(tokens, dtype=torch.int32))[..., :length] != 0
+
+
+def biases(window: int, t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What to add to the scores of the last query, layer by layer, to hide what it does not see.
+
+    Args:
+        window: recent tokens that are exact.
+        t: visible [B or 1, 1, S, T]; coded [C], first [1] and kept [X], numbers of the tokens in the coded
+            columns, of the first of them, and of those in the window; and the others, sink tokens [B, count]
+            of each layer (-1 for none), if they have any.
+
+    Returns:
+        fp32 [B, 1, 1, C + count + X] of each layer, or one [B or 1, 1, 1, C + X] for all.
+    """
+    row = t["visible"][:, :, -1]
+    coded = row.index_select(2, t["coded"])
+    layers = [tokens for name, tokens in t.items() if name.startswith("sink_tokens")]
+    seen = []
+    if layers:
+        tokens = torch.stack(layers, 1).long()  # [B, layers, count]
+        row = row.expand(tokens.shape[0], len(layers), -1)
+        coded = coded & ~_marked(tokens, t["first"], coded.shape[-1])
+        outside = (tokens >= 0) & (tokens < row.shape[-1] - window)
+        seen = [row.gather(2, tokens.clamp(min=0)) & outside]
+    if window:
+        seen.append(row.index_select(2, t["kept"]))
+    every = torch.where(torch.cat([coded, *seen], 2), 0.0, torch.finfo(torch.float32).min)
+    return every[:, :, None].split(1, 1)

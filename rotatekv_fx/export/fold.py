@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rotatekv_fx.cache import PositionPlan
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.errors import StateError
-from rotatekv_fx.export.codes import key_products
+from rotatekv_fx.export.codes import key_products, regroup
 from rotatekv_fx.export.state import base_of
 from rotatekv_fx.rope import Rope
 
@@ -43,39 +43,24 @@ def fold_inverse(inverse: Tensor | None, codec: Codec, head_dim: int) -> tuple[T
     return turn.contiguous(), blocks.shape[0]
 
 
-def folded_scores(
-    codec: Codec, blocks: int, query: Tensor, parts: tuple[Tensor, ...], turn: Tensor
-) -> Tensor:
-    """Scores [B, Hq, S, C] of queries [B, Hq, S, D] with coded keys, without their mean.
+def folded_scores(codec: Codec, blocks: int, rows: Tensor, parts: tuple[Tensor, ...], turn: Tensor) -> Tensor:
+    """Scores of one token's queries with coded keys, without their mean.
 
     Args:
-        parts: codes [B, Ng, C, bytes], scale and offset [B, Ng, C].
+        rows: queries by KV head, [B, Hkv, R, D].
+        parts: codes [B, Ng, bytes, C], scale and offset [B, Ng, C].
         turn, blocks: what `fold_inverse` returned.
+
+    Returns:
+        [B, blocks, rows of a block, C], heads in their order.
     """
-    batch, query_heads, tokens, dim = query.shape
-    q, heads, (codes, scale, _) = codec.quantizer, codec.heads, parts
-    rows = query.reshape(batch, heads, query_heads // heads * tokens, dim) @ turn
-    grouped = rows.reshape(batch, blocks, query_heads // blocks * tokens, turn.shape[2] // q.group, q.group)
-    weight = grouped.permute(0, 1, 3, 4, 2).flatten(1, 2)  # [B, Ng, group, rows of a block]
-    products = _exact_products(codes, q.bits, weight) * scale.float()[..., None]
-    groups, columns = turn.shape[2] // q.group, codes.shape[2]
-    summed = products.reshape(batch, blocks, groups, columns, -1).sum(2).transpose(-1, -2)
-    base = base_of(codec, parts).reshape(batch, blocks, groups, columns)
-    weights = weight.sum(2).reshape(batch, blocks, groups, -1).transpose(-1, -2)
-    return (summed + weights @ base).reshape(batch, query_heads, tokens, columns)
-
-
-def _exact_products(codes: Tensor, bits: int, weight: Tensor) -> Tensor:
-    """`key_products`, without the rounding errors that large bytes would bring into small products.
-
-    The weights are whole numbers of 8 bits times a step, and a rest. Products of bytes with the former are
-    exact in fp32, and the rest is small.
-    """
-    step = weight.abs().amax((2, 3), keepdim=True).clamp(min=1e-30) / 256.0
-    whole = torch.round(weight / step)
-    products = key_products(codes, bits, torch.cat([whole, weight - whole * step], 3))
-    of_whole, of_rest = products.chunk(2, 3)
-    return of_whole * step + of_rest
+    group, batch = codec.quantizer.group, rows.shape[0]
+    weight = regroup((rows @ turn).reshape(batch, blocks, -1, turn.shape[2]), group)
+    codes, scale, _ = parts
+    scores = key_products(weight, codes, codec.quantizer.bits) * scale.float()[:, :, None]
+    scores = scores + weight.sum(-1, keepdim=True) * base_of(codec, parts)[:, :, None]
+    groups = turn.shape[2] // group
+    return scores.unflatten(1, (blocks, groups)).sum(2) if groups > 1 else scores
 
 
 class Mean(nn.Module):

@@ -40,7 +40,9 @@ else:
 logger = logging.getLogger(__name__)
 OPSETS = (18, 24)  # the first and the last that were tried
 EXTERNAL_FROM = 1 << 30  # bytes of weights from which they go to a file of their own; a graph holds 2 GB
-_AGREEMENT = 1e-3  # largest difference of logits in the check, relative to the largest logit
+# Differences of logits in the check, relative to the largest logit: of half the predictions, and of all. A
+# number on the other side of a rounding changes some by more than a thousandth.
+_AGREEMENT, _ROUNDED = 1e-3, 0.1
 _SIZES = {"batch": 2, "sequence": 5, "history": 7, "recent": 3, "leaving": 4}  # while tracing
 
 
@@ -95,9 +97,9 @@ def export_onnx(
 class _Traced(nn.Module):
     """The whole model as a function of token ids and the cache's tensors."""
 
-    def __init__(self, model: nn.Module, parts: Parts):
+    def __init__(self, model: nn.Module, parts: Parts, runtimes: dict[int, ExportRuntime]):
         super().__init__()
-        self.model, self.parts = model, parts
+        self.model, self.parts, self.runtimes = model, parts, runtimes
         self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -123,7 +125,8 @@ class _Traced(nn.Module):
         moves = moved.get("leaving"), moved.get("staying")
         step = Step(total, new, queries, positions, prompt, several, *moves, {})
         self.parts.single = new
-        cache = ExportCache(self.model.config, step, {int(k): v for k, v in states.items()}, self.parts)
+        tensors = {int(layer): state for layer, state in states.items()}
+        cache = ExportCache(self.model.config, step, tensors, self.parts, self.runtimes)
         arguments: dict[str, Any] = {"logits_to_keep": logits_at} if self.selects else {}
         with Lowered():
             logits = self.model(
@@ -180,7 +183,7 @@ def _trace(model: nn.Module, runtimes: dict[int, ExportRuntime], opset: int) -> 
     pairs = [(layer, name) for layer, state in states.items() for name in state]
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Traced(model, parts).eval(),
+            _Traced(model, parts, runtimes).eval(),
             (),
             kwargs=example,
             dynamic_shapes=shapes,
@@ -285,8 +288,8 @@ def _check_graph(model: nn.Module, folder: Path) -> None:
     mask[1, :3] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     steps = (slice(0, length - 10), slice(length - 10, length - 2), *(slice(i, i + 1) for i in (-2, -1)))
-    packed, exported, worst, largest = DynamicCache(config=model.config), decoder.cache(2, length), 0.0, 0.0
-    done = 0
+    packed, exported = DynamicCache(config=model.config), decoder.cache(2, length)
+    done, differences, largest = 0, [], 1.0
     for part in steps:
         new = ids[:, part] if part.start >= 0 else ids[:, done : done + 1]
         done += new.shape[1]
@@ -298,12 +301,14 @@ def _check_graph(model: nn.Module, folder: Path) -> None:
                 past_key_values=packed,
             ).logits[:, -1]
         found = exported.step(new.numpy(), mask[:, done - new.shape[1] : done].numpy())
-        worst = max(worst, float((torch.from_numpy(found[:, -1]) - expected).abs().max()))
+        differences.append((torch.from_numpy(found[:, -1]) - expected).abs().amax(-1))
         largest = max(largest, float(expected.abs().max()))
-    if not worst <= _AGREEMENT * max(1.0, largest):
+    every = torch.cat(differences)
+    middle, worst = float(every.median()), float(every.max())
+    if not (middle <= _AGREEMENT * largest and worst <= _ROUNDED * largest):
         raise RotateKVError(
-            f"the exported graph's logits differ from the model's by {worst:.2g} (largest logit "
-            f"{largest:.2g}); please report this with the model's config."
+            f"the exported graph's logits differ from the model's by {middle:.2g} in the median, {worst:.2g} "
+            f"at most (largest logit {largest:.2g}); please report this with the model's config."
         )
 
 

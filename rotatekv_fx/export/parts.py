@@ -20,6 +20,19 @@ from torch import Tensor, nn
 from rotatekv_fx.export.state import State
 
 DOMAIN = "rotatekv_fx.export"
+_OF_SIZES = (
+    "Squeeze",
+    "Unsqueeze",
+    "Reshape",
+    "Add",
+    "Sub",
+    "Mul",
+    "Max",
+    "Min",
+    "Concat",
+    "Gather",
+    "Identity",
+)
 Function = Callable[[Any, State], Tensor | tuple[Tensor, ...]]
 
 
@@ -81,9 +94,81 @@ class Parts:
                 model.graph.node.extend(_nodes_of(node, exported[node.op_type], f"{node.op_type}_{index}"))
             else:
                 model.graph.node.append(node)
+        _share_sizes(model.graph)
         kept = [o for o in model.opset_import if o.domain != DOMAIN]
         del model.opset_import[:]
         model.opset_import.extend(kept)
+
+
+def _share_sizes(graph: onnx.GraphProto) -> None:
+    """Compute each size once: arithmetic on the sizes of the graph's inputs leaves the branches of an `If`,
+    equal sizes are read off one input, and what is equal is computed once.
+    """
+    places: dict[str, tuple[str, int]] = {}  # of the symbolic sizes among the inputs'
+    symbols = {}
+    for one in graph.input:
+        dims = [d.dim_param for d in one.type.tensor_type.shape.dim]
+        symbols[one.name] = dims
+        for axis, symbol in enumerate(dims):
+            places.setdefault(symbol, (one.name, axis))
+    numbers = {n for n, dims in symbols.items() if len(dims) == 1}  # tensors to compute with
+    made: dict[tuple[object, ...], list[str]] = {}
+    renamed: dict[str, str] = {}
+
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT64 and len(tensor.dims) < 2:
+            numbers.add(tensor.name)
+            value = numpy_helper.to_array(tensor)
+            renamed[tensor.name] = made.setdefault((value.shape, value.tobytes()), [tensor.name])[0]
+
+    def key_of(node: onnx.NodeProto) -> tuple[object, ...] | None:
+        """What a node computes, if it is part of that arithmetic."""
+        if node.op_type == "Constant":
+            value = numpy_helper.to_array(node.attribute[0].t) if node.attribute[0].name == "value" else None
+            fits = value is not None and value.dtype == np.int64 and value.ndim < 2
+            return (value.shape, value.tobytes()) if fits else None
+        attributes = tuple(sorted(a.SerializeToString() for a in node.attribute))
+        if node.op_type == "Shape" and node.input[0] in symbols:
+            bounds = {a.name: a.i for a in node.attribute}
+            start = bounds.get("start", 0)
+            if bounds.get("end") == start + 1 and symbols[node.input[0]][start]:
+                name, axis = places[symbols[node.input[0]][start]]
+                node.CopyFrom(
+                    helper.make_node("Shape", [name], node.output, node.name, start=axis, end=axis + 1)
+                )
+                return "Shape", name, axis
+            return "Shape", node.input[0], attributes
+        fits = node.op_type in _OF_SIZES and all(n in numbers for n in node.input)
+        return (node.op_type, *node.input, attributes) if fits else None
+
+    def keep(
+        nodes: list[onnx.NodeProto], outer: list[onnx.NodeProto], fixed: set[str]
+    ) -> list[onnx.NodeProto]:
+        """The nodes that stay; arithmetic goes to `outer`, the first time. `fixed` names are kept."""
+        kept = []
+        for node in nodes:
+            node.input[:] = [renamed.get(n, n) for n in node.input]
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    inner = attribute.g
+                    rest = keep(list(inner.node), outer, {o.name for o in inner.output})
+                    del inner.node[:]
+                    inner.node.extend(rest)
+            key = None if fixed & set(node.output) else key_of(node)
+            if key is None:
+                (outer if nodes is top else kept).append(node)
+                continue
+            if key not in made:
+                made[key] = list(node.output)
+                outer.append(node)
+            numbers.update(made[key])
+            renamed.update(zip(node.output, made[key], strict=True))
+        return kept
+
+    top, outer = list(graph.node), []
+    keep(top, outer, {o.name for o in graph.output})
+    del graph.node[:]
+    graph.node.extend(outer)
 
 
 def _fixed(size: int | torch.SymInt) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from rotatekv_fx.cache.runtime import AttentionRuntime
 from rotatekv_fx.capture import RUNTIME_NAME
 from rotatekv_fx.export import columns
-from rotatekv_fx.export.attention import (
-    Form,
-    folded,
-    unpacked,
-    unpacked_keys,
-    unpacked_values,
-    visible_columns,
-)
+from rotatekv_fx.export.attention import Form, many, single, unpacked
 from rotatekv_fx.export.fold import Mean, fold_inverse
 from rotatekv_fx.export.parts import Part, Parts
 from rotatekv_fx.export.state import (
@@ -32,9 +24,12 @@ from rotatekv_fx.export.state import (
     Step,
     chosen_sinks,
     encode,
+    history,
     history_names,
     kept_sinks,
-    stored,
+    left,
+    made_names,
+    none_left,
 )
 from rotatekv_fx.ops import REFERENCES
 from rotatekv_fx.report import SiteReport
@@ -45,12 +40,20 @@ class ExportCache(DynamicCache):
 
     Attributes:
         states: of each layer before the step.
+        runtimes: of each layer.
         outputs: of each layer, what the step makes: new rows of the history, and the other tensors anew.
     """
 
-    def __init__(self, config: Any, step: Step, states: dict[int, State], parts: Parts):
+    def __init__(
+        self,
+        config: Any,
+        step: Step,
+        states: dict[int, State],
+        parts: Parts,
+        runtimes: dict[int, ExportRuntime],
+    ):
         super().__init__(config=config)
-        self.step, self.states, self.parts = step, states, parts
+        self.step, self.states, self.parts, self.runtimes = step, states, parts, runtimes
         self.outputs: dict[int, State] = {}
         self.layers = [_Counter(layer, step) for layer in self.layers]
 
@@ -144,18 +147,22 @@ class ExportRuntime(nn.Module):
         causal: bool,
     ) -> Tensor:
         """As `AttentionRuntime.attend`; the new state goes to `cache.outputs`."""
-        spec = self.spec
-        tensors = {"query": query, **self._store(cache, key, value, residual, mask).tensors}
+        spec, step = self.spec, cache.step
+        tensors = {"query": query, **self._tensors(cache, key, value, residual, mask)}
         if sink_logits is not None:
             tensors["sink_logits"] = sink_logits
-        form = Form(spec.key, spec.value, scale, softcap, self.blocks)
-        if not self.blocks:
-            return unpacked(form, tensors)
-        tensors["turn"] = self.turn
+        form = Form(spec, scale, softcap, self.blocks)
         batch, heads, tokens, _ = query.shape
-        outputs = [(query.dtype, (batch, tokens, heads, self.site.value_dim))]
-        (result,) = cache.parts.call(Part(form, unpacked, folded), tensors, outputs, cache.step.several)
-        return result
+        outputs = {
+            **self._made(step, tensors),
+            "": (query.dtype, (batch, tokens, heads, self.site.value_dim)),
+        }
+        if not self.blocks:
+            return self._call(cache, Part(form, many), tensors, outputs)[0]
+        tensors |= {"turn": self.turn, "bias": self._bias(cache, tensors["visible"])}
+        if spec.window:
+            tensors |= self._left(cache, tensors)
+        return self._call(cache, Part(form, many, single), tensors, outputs, step.several)[0]
 
     def update(
         self,
@@ -167,19 +174,43 @@ class ExportRuntime(nn.Module):
         mask: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """As `AttentionRuntime.update`; the new state goes to `cache.outputs`."""
-        stored_layer = self._store(cache, key, value, residual, mask)
-        tensors = stored_layer.tensors
-        visible = visible_columns(tensors)
+        spec, step = self.spec, cache.step
+        tensors = self._tensors(cache, key, value, residual, mask)
+        (batch, heads, tokens, _), numbers = (
+            key.shape,
+            self._numbers(step, cache.states[self.layer_index], tensors["visible"]),
+        )
+        columns_read = numbers["coded"].shape[0] + spec.sinks
+        columns_read += numbers["exact"].shape[0] if spec.window else 0
+        outputs = self._made(step, tensors)
+        outputs["seen"] = torch.bool, (batch, 1, tokens, columns_read)
+        for name, x in (("keys", key), ("values", value)):
+            outputs[name] = x.dtype, (batch, heads, columns_read, x.shape[3])
+        visible, keys, values = self._call(cache, Part(spec, unpacked), tensors, outputs)
         if mask is not None and mask.dtype is not torch.bool:
             zeros = torch.zeros_like(visible, dtype=mask.dtype)
             visible = zeros.masked_fill(~visible, torch.finfo(mask.dtype).min)
-        rows = () if self.rotates else self._rows(cache.step, stored_layer)
-        keys, values = unpacked_keys(self.spec.key, tensors), unpacked_values(self.spec.value, tensors)
-        return visible, keys, values, *rows
+        return visible, keys, values, *(() if self.rotates else self._rows(step, numbers, tensors))
 
-    def _store(
+    def _call(
+        self,
+        cache: ExportCache,
+        part: Part,
+        tensors: State,
+        outputs: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+        condition: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Run a part that puts tokens in: the layer's state goes to the cache, other results come back."""
+        results = cache.parts.call(part, tensors, list(outputs.values()), condition)
+        made = dict(zip(outputs, results, strict=True))
+        state = cache.states[self.layer_index]
+        cache.outputs[self.layer_index] = {n: tensors[n] if n in SINKS else made.pop(n) for n in state}
+        return list(made.values())
+
+    def _tensors(
         self, cache: ExportCache, key: Tensor, value: Tensor, residual: Tensor | None, mask: Tensor | None
-    ) -> _Stored:
+    ) -> State:
+        """What `attention.many` takes, but for the query and what belongs to the attention."""
         step, spec, state = cache.step, self.spec, cache.states[self.layer_index]
         visible = columns.visible_tokens(mask, step.queries, step.tokens)
         numbers = self._numbers(step, state, visible)
@@ -190,23 +221,16 @@ class ExportRuntime(nn.Module):
         if spec.window:
             tensors |= {"leaving": step.leaving, "staying": step.staying}
         if self.rotates:
-            tensors["matrix"] = self.key_matrix
+            tensors |= {"matrix": self.key_matrix, "inverse": self.key_inverse}
         if self.mean is not None:
-            tensors |= {"features": self._features(step, numbers["coded"]), "spread": self.mean.spread}
-        outputs = self._outputs(step, state, new, numbers)
-        results = cache.parts.call(Part(spec, stored), tensors, list(outputs.values()))
-        made = dict(zip(outputs, results, strict=True))
-        cache.outputs[self.layer_index] = {n: sinks[n] if n in sinks else made[f"new {n}"] for n in state}
-        read = {n: t for n, t in made.items() if not n.startswith("new ")}
-        if self.mean is not None:
-            read |= {"features": tensors["features"], "spread": self.mean.spread}
-        if self.rotates:
-            read["inverse"] = self.key_inverse
-        return _Stored(read, numbers, sinks)
+            features, of_new = self._features(step, numbers["coded"], state)
+            tensors |= {"features": features, "new_features": of_new, "spread": self.mean.spread}
+        return tensors
 
     def _numbers(self, step: Step, state: State, visible: Tensor) -> State:
-        """Numbers of the tokens in the coded columns and of the exact ones, and which of them queries see;
-        layers of a kind share them.
+        """Numbers of the tokens in the coded columns, of the exact ones and of those in the window after the
+        step, and which of them queries see: padding too sees itself, since a query has to see something.
+        Layers of a kind share them.
         """
         if self.sliding not in step.memo:
             device, start, window = step.queries.device, step.tokens - step.new, self.spec.window
@@ -216,6 +240,8 @@ class ExportRuntime(nn.Module):
             first = start - recent - history
             coded = torch.arange(history + leaving, device=device) + first
             exact = torch.arange(recent + step.new, device=device) + (start - recent)
+            own = torch.arange(step.tokens, device=device) == step.queries[:, None]
+            visible = visible | own
             step.memo[self.sliding] = {
                 "coded": coded,
                 "exact": exact,
@@ -223,6 +249,8 @@ class ExportRuntime(nn.Module):
                 "seen_codes": columns.coded(visible, coded, step.queries, window),
                 "seen_exact": columns.exact(visible, exact, step.queries, window),
             }
+            if window:
+                step.memo[self.sliding]["kept"] = step.staying + (start - recent)
         return step.memo[self.sliding]
 
     def _sinks(self, cache: ExportCache, state: State, new: State) -> State:
@@ -233,67 +261,98 @@ class ExportRuntime(nn.Module):
         part = Part(self.spec.sinks, chosen_sinks, kept_sinks)
         return dict(zip(SINKS, cache.parts.call(part, {**before, **new}, outputs, choose), strict=True))
 
-    def _outputs(
-        self, step: Step, state: State, new: State, numbers: State
-    ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Names, dtypes and shapes of what `stored` returns; a "new " one goes to the layer's state."""
-        key, value, spec = new["key"], new["value"], self.spec
-        (batch, heads, tokens, _), coded = key.shape, numbers["coded"].shape[0]
-        history = [
-            n
-            for codec, side in zip((spec.key, spec.value), SIDES, strict=True)
-            for n in history_names(codec, side)
-        ]
-        leaving = step.leaving.shape[0] if spec.window else tokens
-        exact = spec.sinks + (numbers["exact"].shape[0] if spec.window else 0)
-        made = {f"new {n}": (state[n].dtype, (leaving, *state[n].shape[1:])) for n in history}
-        if spec.window:
-            staying = step.staying.shape[0]
-            for name, x in (("recent_keys", key), ("recent_values", value)):
-                made[f"new {name}"] = spec.exact_dtype, (batch, heads, staying, x.shape[3])
-        for name in history:
-            _, rows, groups, *rest = state[name].shape
-            made[name] = state[name].dtype, (rows, groups, coded, *rest)
-        made["seen_codes"] = torch.bool, (batch, 1, tokens, coded)
-        made["seen_exact"] = torch.bool, (batch, 1, tokens, exact)
-        for name, x in (("exact_keys", key), ("exact_values", value)):
-            made[name] = x.dtype, (batch, heads, exact, x.shape[3])
+    def _alike(self, cache: ExportCache) -> list[int]:
+        """The layers for which a single token's masks and codes can be made together with this one's."""
+
+        def kind(r: ExportRuntime) -> tuple[Any, ...]:
+            return r.sliding, r.spec, r.site.head_dim, r.site.value_dim, bool(r.blocks), r.positions.key
+
+        return [i for i, r in cache.runtimes.items() if kind(r) == kind(self)]
+
+    def _bias(self, cache: ExportCache, visible: Tensor) -> Tensor:
+        """What to add to a single query's scores."""
+        memo, layers = cache.step.memo[self.sliding], self._alike(cache)
+        if f"bias {self.layer_index}" not in memo:
+            tensors = {"visible": visible, **{n: memo[n] for n in ("coded", "first", "kept") if n in memo}}
+            if self.spec.sinks:
+                tensors |= {f"sink_tokens_{i}": cache.states[i]["sink_tokens"] for i in layers}
+            batch = cache.states[layers[0]]["sink_tokens"].shape[0] if self.spec.sinks else visible.shape[0]
+            width = self.spec.sinks + sum(memo[n].shape[0] for n in ("coded", "kept") if n in memo)
+            count = len(layers) if self.spec.sinks else 1
+            outputs = [(torch.float32, (batch, 1, 1, width))] * count
+            found = cache.parts.call(Part(self.spec.window, columns.biases), tensors, outputs)
+            memo |= {f"bias {i}": found[at % count] for at, i in enumerate(layers)}
+        return memo[f"bias {self.layer_index}"]
+
+    def _left(self, cache: ExportCache, own: State) -> State:
+        """New rows of the history, where a single token comes in and the window's first leaves."""
+        step, layers, names = cache.step, self._alike(cache), history(self.spec)
+        memo = step.memo[self.sliding]
+        if f"{names[0]} {self.layer_index}" not in memo:
+            tensors = {n: own[n] for n in ("leaving", "new_features") if n in own}
+            for side in SIDES:
+                tensors |= {f"recent_{side}s_{i}": cache.states[i][f"recent_{side}s"] for i in layers}
+            others = [cache.runtimes[i] for i in layers]
+            if self.mean is not None:
+                tensors["spread"] = torch.cat([r.mean.spread for r in others])
+            if self.rotates:
+                tensors["matrix"] = _in_a_row([r.key_matrix for r in others], own["key"].shape)
+            (batch, leaving), states = (own["key"].shape[0], own["leaving"].shape[0]), cache.states[layers[0]]
+            sizes = {n: states[n].shape[2] for n in names}
+            outputs = [
+                (states[n].dtype, (leaving, batch, len(layers) * sizes[n], *states[n].shape[3:]))
+                for n in names
+            ]
+            rows = cache.parts.call(Part(self.spec, none_left, left), tensors, outputs, step.several)
+            for name, row in zip(names, rows, strict=True):
+                pieces = row.split(sizes[name], 2)
+                memo |= {f"{name} {i}": piece for i, piece in zip(layers, pieces, strict=True)}
+        return {f"leaving {name}": memo[f"{name} {self.layer_index}"] for name in names}
+
+    def _made(self, step: Step, tensors: State) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtypes and shapes of `state.made_names`."""
+        tokens, spec = tensors["key"].shape[2], self.spec
+        made = {}
+        for name in made_names(spec):
+            x, size = tensors[name], step.staying if name.startswith("recent") else step.leaving
+            rows = size.shape[0] if spec.window else tokens
+            shape = (*x.shape[:2], rows, x.shape[3]) if name.startswith("recent") else (rows, *x.shape[1:])
+            made[name] = x.dtype, shape
         return made
 
-    def _features(self, step: Step, numbers: Tensor) -> Tensor:
-        """Features [B, F, N] of the position term of tokens `numbers`; layers of a kind share them."""
+    def _features(self, step: Step, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        """Features [B, 1, F, C] of the position term of tokens `numbers`, and [B, 1, L, F] of those that
+        become codes; layers of a kind share them.
+        """
         memo = step.memo[self.sliding]
         name = f"features of {self.positions.key}"
         if name not in memo:
-            memo[name] = self.mean.features(step.position_ids.index_select(1, numbers))
-        return memo[name]
+            features = self.mean.features(step.position_ids.index_select(1, numbers))[:, None]
+            history = next(iter(state.values())).shape[0]
+            leaving = step.leaving.shape[0] if self.spec.window else step.new
+            new = torch.arange(leaving, device=numbers.device) + history
+            memo[name], memo[f"new {name}"] = features, features.index_select(3, new).transpose(2, 3)
+        return memo[name], memo[f"new {name}"]
 
-    def _rows(self, step: Step, layer: _Stored) -> tuple[Tensor, ...]:
+    def _rows(self, step: Step, numbers: State, tensors: State) -> tuple[Tensor, ...]:
         """The positional inputs of every column."""
         if not self.positions.stored:
             return ()
         ids = step.position_ids
-        every = [layer.numbers["coded"].expand(ids.shape[0], -1)]
-        if layer.sinks:
-            every.append(layer.sinks["sink_tokens"].long().clamp(min=0))
+        every = [numbers["coded"].expand(ids.shape[0], -1)]
+        if self.spec.sinks:
+            every.append(tensors["sink_tokens"].long().clamp(min=0))
         if self.spec.window:
-            every.append(layer.numbers["exact"].expand(ids.shape[0], -1))
+            every.append(numbers["exact"].expand(ids.shape[0], -1))
         return self.positions.decode((ids.gather(1, torch.cat(every, 1)).int()[:, None, :, None],))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A layer after new tokens went in.
-
-    Attributes:
-        tensors: what its attention reads, as `attention.unpacked` takes it, but for the query.
-        numbers: of the tokens in its columns.
-        sinks: after the step.
-    """
-
-    tensors: State
-    numbers: State
-    sinks: State
+def _in_a_row(matrices: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """Matrices [n or 1, M, M] of layers whose keys have this shape, as of one layer with all their heads."""
+    if len(matrices[0]) == 1 and all(torch.equal(matrices[0], m) for m in matrices):
+        return matrices[0]
+    blocks = shape[1] * shape[3] // matrices[0].shape[-1]
+    return torch.cat([m.expand(blocks, -1, -1) for m in matrices])
 
 
 class Lowered(TorchFunctionMode):

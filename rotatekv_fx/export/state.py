@@ -16,8 +16,8 @@ from torch import Tensor
 from rotatekv_fx.cache.codec import Codec, as_exact
 from rotatekv_fx.cache.layers import LayerSpec
 from rotatekv_fx.export import columns
+from rotatekv_fx.export.codes import levels, regroup
 from rotatekv_fx.kernels.attention import reference as attention
-from rotatekv_fx.kernels.hadamard import reference as hadamard
 from rotatekv_fx.kernels.quantize import reference as quantizer
 
 State = dict[str, Tensor]
@@ -58,18 +58,35 @@ def history_names(codec: Codec, side: str) -> tuple[str, ...]:
     return tuple(f"{side}_{part}" for part in (PARTS[-1:] if codec.quantizer is None else PARTS[:-1]))
 
 
+def made_names(spec: LayerSpec) -> list[str]:
+    """Names of what `put_in` makes for the layer's state: new rows of the history, then the window."""
+    return history(spec) + ([f"recent_{side}s" for side in SIDES] if spec.window else [])
+
+
+def history(spec: LayerSpec) -> list[str]:
+    """Names of all history tensors."""
+    return [n for c, side in zip((spec.key, spec.value), SIDES, strict=True) for n in history_names(c, side)]
+
+
+def ordered(spec: LayerSpec, new: State) -> tuple[Tensor, ...]:
+    """The tensors of `made_names`."""
+    return tuple(new[name] for name in made_names(spec))
+
+
 def encode(codec: Codec, x: Tensor) -> tuple[Tensor, ...]:
     """[B, H, S, D] -> what is stored, as `Side.parts`."""
     q = codec.quantizer
-    return (x,) if q is None else quantizer.quantize(x, q.bits, q.group, q.clip, q.scheme)
+    return (x,) if q is None else quantizer.quantize(regroup(x, q.group), q.bits, q.group, q.clip, q.scheme)
 
 
 def decode(codec: Codec, parts: tuple[Tensor, ...]) -> Tensor:
-    """The inverse of `encode`."""
-    q = codec.quantizer
-    if q is None:
+    """What is stored -> values by group, [B, Ng, N, group]; or by head, where it is exact."""
+    if codec.quantizer is None:
         return parts[0]
-    return quantizer.dequantize(*parts, q.bits, q.group, codec.heads, codec.dtype)
+    codes, scale, offset = parts
+    values = levels(codes, codec.quantizer.bits, codec.quantizer.group)
+    step, start = scale.float()[..., None], offset.float()[..., None]
+    return step * (values - start) if codec.quantizer.scheme == "zero_point" else start + step * values
 
 
 def base_of(codec: Codec, parts: tuple[Tensor, ...]) -> Tensor:
@@ -83,61 +100,124 @@ def side_of(tensors: State, side: str) -> tuple[Tensor, ...]:
     return tuple(tensors[f"{side}_{part}"] for part in PARTS if f"{side}_{part}" in tensors)
 
 
-def stored(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
-    """Put new tokens in: a layer's state after the step, and what its attention reads.
+def put_in(spec: LayerSpec, t: State) -> tuple[State, State]:
+    """Put new tokens in.
 
     Args:
-        t: the layer's state before the step, with the sinks after it; key and value [B, Hkv, S, D];
-            visible [B or 1, 1, S, T]; seen_codes [.., S, C] and seen_exact [.., S, R + S], which of those a
-            query sees in its window or outside; queries [S], numbers of the new tokens; first [1], number of
-            the first coded column's; leaving and staying, as in `Step`; matrix, and features with spread,
-            where keys are rotated and have a mean.
+        t: the layer's state before the step, with the sinks after it; key and value [B, Hkv, S, D]; leaving
+            and staying, as in `Step`; matrix, and new_features [B, 1, L, F] (of the tokens that become codes)
+            with spread, where keys are rotated and have a mean.
 
     Returns:
-        New rows of the history, the recent tokens after the step; then the tensors named in READ (the parts
-        of keys and values as the codecs have them).
+        What the step makes: the tensors of `made_names`; and what queries read: the parts of keys and values
+        as `behind` has them, with exact_keys and exact_values [B, Hkv, X, D].
     """
-    pair = [t["key"], t["value"]]
-    exact, leaving, window = [x[:, :, :0] for x in pair], pair, spec.window
-    if window:  # as in packed layers: codes must not depend on when a token is quantized
-        pair = [as_exact(x, spec.exact_dtype).to(x.dtype) for x in pair]
-        exact = [torch.cat([t[f"recent_{n}s"].to(x.dtype), x], 2) for n, x in zip(SIDES, pair, strict=True)]
-        leaving = [x.index_select(2, t["leaving"]) for x in exact]
-    recent = [as_exact(x.index_select(2, t["staying"]), spec.exact_dtype) for x in exact] if window else []
-    coded, history = leaving[0], t[history_names(spec.key, "key")[0]].shape[0]
+    new, exact = into_window(spec, t)
+    leaving = [t[side] for side in SIDES]
+    if spec.window:
+        leaving = [x.index_select(2, t["leaving"]).to(t["key"].dtype) for x in exact]
+    joined = behind(spec, t, coded_rows(spec, t, *leaving))
+    return new | joined[0], joined[1] | exact_columns(spec, t, exact)
+
+
+def into_window(spec: LayerSpec, t: State) -> tuple[State, list[Tensor]]:
+    """The window after the step, and exact keys and values before it with the new ones (none without it)."""
+    new, joined = {}, []
+    for side in SIDES if spec.window else ():
+        # as in packed layers: codes must not depend on when a token is quantized
+        joined.append(torch.cat([t[f"recent_{side}s"], as_exact(t[side], spec.exact_dtype)], 2))
+        new[f"recent_{side}s"] = joined[-1].index_select(2, t["staying"])
+    return new, joined
+
+
+def exact_columns(spec: LayerSpec, t: State, tokens: list[Tensor]) -> State:
+    """Sinks, and then these exact keys and values, if there are any."""
+    made = {}
+    for i, side in enumerate(SIDES):
+        stores = ([t[f"sink_{side}s"]] if spec.sinks else []) + tokens[i : i + 1]
+        joined = torch.cat(stores, 2) if len(stores) > 1 else stores[0] if stores else t[side][:, :, :0]
+        made[f"exact_{side}s"] = joined.to(t[side].dtype)
+    return made
+
+
+def behind(spec: LayerSpec, t: State, rows: list[Tensor]) -> tuple[State, State]:
+    """New rows of the history, and the history with them: codes [B, Ng, bytes, C], scale and offset
+    [B, Ng, C]; or, exact, [B, H, C, D].
+    """
+    names, joined = history(spec), []
+    for name, row in zip(names, rows, strict=True):
+        place = 3 if name.endswith("codes") else 2
+        joined.append(torch.cat([t[name], row]).movedim(0, place).contiguous())
+    kept = [row.contiguous() for row in rows]
+    return tuple(dict(zip(names, tensors, strict=True)) for tensors in (kept, joined))
+
+
+def coded_rows(spec: LayerSpec, t: State, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Tokens [B, Hkv, L, D] as new rows of the history."""
     if "spread" in t:
-        columns_of_new = torch.arange(coded.shape[2], device=coded.device) + history
-        coded = coded - mean_at(t["features"].index_select(2, columns_of_new), t["spread"])
+        key = key - t["new_features"] @ t["spread"]
     if "matrix" in t:
-        coded = hadamard.rotate(coded, t["matrix"], None, False)
-    rows = [part.movedim(2, 0).contiguous() for part in _encoded(spec, coded, leaving[1])]
-    names = [n for c, side in zip((spec.key, spec.value), SIDES, strict=True) for n in history_names(c, side)]
-    joined = [torch.cat([t[n], row]).movedim(0, 2).contiguous() for n, row in zip(names, rows, strict=True)]
+        key = regroup(key, t["matrix"].shape[-1]) @ t["matrix"]
+    return _rows(spec, key, value)
+
+
+def left(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
+    """New rows of the histories of several layers, as if their heads were those of one, where only tokens of
+    the window leave it.
+
+    Args:
+        t: recent_keys and recent_values of each layer; else as in `coded_rows`.
+    """
+    leaving = []
+    for side in SIDES:
+        stores = [x for name, x in t.items() if name.startswith(f"recent_{side}s")]
+        leaving.append(torch.cat(stores, 1).index_select(2, t["leaving"]).float())
+    return tuple(row.contiguous() for row in coded_rows(spec, t, *leaving))
+
+
+def none_left(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
+    """No rows, in the form of `left`."""
+    rows = []
+    for side, codec in zip(SIDES, (spec.key, spec.value), strict=True):
+        stores = [x for name, x in t.items() if name.startswith(f"recent_{side}s")]
+        q, channels = codec.quantizer, sum(x.shape[1] * x.shape[3] for x in stores)
+        sizes = (0, 1, channels // q.group)
+        offset = torch.int16 if q.scheme == "zero_point" else torch.float16
+        rows.append(torch.zeros(*sizes, quantizer.packed_bytes(q.group, q.bits), dtype=torch.uint8))
+        rows += [torch.zeros(sizes, dtype=dtype) for dtype in (torch.float16, offset)]
+    return tuple(rows)
+
+
+def _rows(spec: LayerSpec, key: Tensor, value: Tensor) -> list[Tensor]:
+    """New rows of the history of keys, then of values, tokens first; made together where they are stored
+    alike, which halves the nodes.
+    """
+    if spec.key.quantizer is None or spec.key.quantizer != spec.value.quantizer:
+        parts = [*encode(spec.key, key), *encode(spec.value, value)]
+        return [part.movedim(2, 0) for part in parts]
+    group = spec.key.quantizer.group
+    pair = [regroup(x, group) for x in (key, value)]
+    sizes = [x.shape[1] for x in pair]
+    both = [part.movedim(2, 0).split(sizes, 2) for part in encode(spec.key, torch.cat(pair, 1))]
+    return [part[i] for i in range(2) for part in both]
+
+
+def seen_columns(spec: LayerSpec, t: State) -> Tensor:
+    """Which columns each query sees: bool [B, 1, S, C + X], of codes, sinks and exact tokens.
+
+    Args:
+        t: visible [B or 1, 1, S, T]; seen_codes [.., S, C] and seen_exact [.., S, R + S], which of those a
+            query sees in its window or outside; queries [S], numbers of the new tokens; first [1], number of
+            the first coded column's; sink_tokens, after the step.
+    """
     seen = [t["seen_codes"]]
     if spec.sinks:
         tokens = t["sink_tokens"].long()
         seen[0] = columns.without_sinks(seen[0], tokens, t["first"])
-        seen.append(columns.sinks(t["visible"], tokens, t["queries"], window))
-        exact = [torch.cat([t[f"sink_{n}s"].to(x.dtype), x], 2) for n, x in zip(SIDES, exact, strict=True)]
-    if window:
+        seen.append(columns.sinks(t["visible"], tokens, t["queries"], spec.window))
+    if spec.window:
         seen.append(t["seen_exact"])
-    batch = pair[0].shape[0]
-    of_codes, *of_exact = (s.expand(batch, -1, -1, -1) for s in seen)
-    of_exact = torch.cat(of_exact, -1) if of_exact else of_codes[..., :0]
-    return *rows, *recent, *joined, of_codes, of_exact, *exact
-
-
-def _encoded(spec: LayerSpec, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Parts of keys, then of values; made together where they are stored alike, which halves the nodes."""
-    if spec.key != spec.value or spec.key.quantizer is None or key.shape[3] != value.shape[3]:
-        return [*encode(spec.key, key), *encode(spec.value, value)]
-    both = [part.chunk(2, 1) for part in encode(spec.key, torch.cat([key, value], 1))]
-    return [part[i] for i in range(2) for part in both]
-
-
-def mean_at(features: Tensor, spread: Tensor) -> Tensor:
-    """Features [B, F, N] of positions and [Hkv, F, D] -> the mean there, [B, Hkv, N, D]."""
-    return features.transpose(1, 2)[:, None] @ spread
+    return torch.cat([s.expand(t["key"].shape[0], -1, -1, -1) for s in seen], -1)
 
 
 def chosen_sinks(count: int, t: State) -> tuple[Tensor, ...]:

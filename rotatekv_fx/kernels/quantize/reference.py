@@ -37,7 +37,8 @@ def packed_bytes(group: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes, int32 [..., group] in 0 to 2^bits - 1, as bytes, uint8 [..., packed_bytes(group, bits)]."""
     group = codes.shape[-1]
-    codes = F.pad(codes, (0, padded_group(group, bits) - group))
+    if padded_group(group, bits) > group:
+        codes = F.pad(codes, (0, padded_group(group, bits) - group))
     if bits == 3:
         return torch.cat([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], dim=-1)
     return _pack_plane(codes, bits)
@@ -55,9 +56,9 @@ def unpack(packed: Tensor, bits: int, group: int) -> Tensor:
 
 
 def _pack_plane(codes: Tensor, width: int) -> Tensor:
-    parts = codes.chunk(8 // width, dim=-1)
-    shifted = torch.stack([part * 2 ** (width * i) for i, part in enumerate(parts)])
-    return shifted.sum(0, dtype=torch.int32).to(torch.uint8)
+    places = 2 ** (width * torch.arange(8 // width, dtype=torch.int32, device=codes.device))
+    digits = codes.unflatten(-1, (8 // width, -1))
+    return (digits * places[:, None]).sum(-2, dtype=torch.int32).to(torch.uint8)
 
 
 def _unpack_plane(packed: Tensor, width: int) -> Tensor:
@@ -67,7 +68,9 @@ def _unpack_plane(packed: Tensor, width: int) -> Tensor:
 def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of the op `rotatekv::quantize` (`rotatekv_fx.ops` describes it)."""
     batch, heads, tokens, dim = x.shape
-    values = x.float().transpose(1, 2).reshape(batch, tokens, heads * dim // group, group).transpose(1, 2)
+    values = x.float()
+    if dim != group:
+        values = values.transpose(1, 2).reshape(batch, tokens, heads * dim // group, group).transpose(1, 2)
     high, low = values.amax(-1, keepdim=True), values.amin(-1, keepdim=True)
     mid, top = (high + low) / 2, 2**bits - 1
     flat = ~(high > low)  # all values equal, or one is NaN
@@ -84,7 +87,7 @@ def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tupl
         zero = torch.where(flat, -sign, zero)
         offset = zero.to(torch.int16)
         codes = torch.round(values / scale) + zero
-    codes = torch.where(flat, torch.zeros_like(codes), codes.clamp(0, top)).to(torch.int32)
+    codes = codes.clamp(0, top).masked_fill(flat, 0.0).to(torch.int32)
     return (
         pack(codes, bits).contiguous(),
         scale.squeeze(-1).to(torch.float16).contiguous(),
