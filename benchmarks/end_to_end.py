@@ -2,12 +2,12 @@
 
     python -m benchmarks.end_to_end --out benchmarks/results
 
-All run with a static cache, compiled, on CUDA graphs. The 16-bit model runs as shipped, and with the best
-attention that 16 bit has: cuDNN on grouped heads, without the mask that makes transformers copy keys and
-values for each query head. Caches are filled directly, then decode steps are timed; prefill is timed apart,
-on one prompt; the largest batch is tried, a step of it, without compilation. Weights and texts are random, so
-nothing is said about accuracy here: `benchmarks.decode` compares outputs, and `benchmarks.run_accuracy`
-models.
+The 16-bit model runs as shipped, and with the best attention that 16 bit has: cuDNN on grouped heads, without
+the mask that makes transformers copy keys and values for each query head. These and ours have a static cache,
+compiled, on CUDA graphs; transformers' QuantizedCache, which allows neither, is timed beside them. Caches are
+filled directly, then decode steps are timed; prefill is timed apart, on one prompt; the largest batch is
+tried, a step of it, without compilation. Weights and texts are random, so nothing is said about accuracy here:
+`benchmarks.decode` compares outputs, and `benchmarks.run_accuracy` models.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen3Config, StaticCache
 
 import rotatekv_fx
+from rotatekv_fx.errors import InputError
+from rotatekv_fx.evaluate.baselines import quantized_cache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COMMON = {
@@ -175,6 +177,28 @@ def prefill_seconds(model: torch.nn.Module, context: int) -> float:
     return min(seconds(once, 1) for _ in range(2))
 
 
+@torch.no_grad()
+def measure_quantized_cache(model: torch.nn.Module, batch: int, context: int, steps: int) -> dict[str, Any]:
+    """transformers' QuantizedCache, which cannot be compiled, where its HQQ is installed."""
+    row: dict[str, Any] = {"cache": "QuantizedCache, HQQ, 2 bits", "batch": batch, "context": context}
+    try:
+        cache = quantized_cache(model)
+    except InputError as error:
+        return row | {"not_measured": str(error)}
+    config = model.config
+    shape = batch, config.num_key_value_heads, context, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        cache.update(*(torch.randn(shape, device=DEVICE, dtype=model.dtype) for _ in range(2)), layer)
+    token = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
+
+    def step() -> None:
+        model(token, past_key_values=cache, logits_to_keep=1)
+
+    step()
+    spent = seconds(step, steps)
+    return row | {"tokens_per_second": batch / spent, "milliseconds_a_step": spent * 1e3}
+
+
 @contextlib.contextmanager
 def freed() -> Iterator[None]:
     try:
@@ -245,6 +269,9 @@ def main(
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if DEVICE == "cuda" else contextlib.nullcontext():
         rows.append(measure(model, "16 bit, cuDNN on grouped heads", batch, context, steps, prompt))
     model.set_attn_implementation("sdpa")
+    with freed():
+        rows.append(measure_quantized_cache(model, batch, context, min(steps, 4)))
+        print(json.dumps(rows[-1]), flush=True)
     begin = time.perf_counter()
     text = torch.randint(3, config.vocab_size, (1, 512), device=DEVICE)
     calibration = rotatekv_fx.calibrate(model, [text])
