@@ -6,7 +6,7 @@ The 16-bit model runs as shipped, and with the best attention that 16 bit has: c
 the mask that makes transformers copy keys and values for each query head. These and ours have a static cache,
 compiled, on CUDA graphs; transformers' QuantizedCache, which allows neither, is timed beside them. Caches are
 filled directly, then decode steps are timed; prefill is timed apart, on one prompt; the largest batch is
-tried, a step of it, without compilation. Weights and texts are random, so nothing is said about accuracy here:
+tried, a step of it, uncompiled. Weights and texts are random, so nothing is said about accuracy here:
 `benchmarks.decode` compares outputs, and `benchmarks.run_accuracy` models.
 """
 
