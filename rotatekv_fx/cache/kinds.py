@@ -65,7 +65,7 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
         remove = min(remove, self.length)
         if not remove:
             return
-        self._check_croppable()
+        self._prepare_crop()
         history, recent, *positions = self._own_stores()
         self.length -= remove
         # tokens that come back into the window are read exactly as far as the ring still has them
@@ -78,7 +78,7 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
         if self.sinks is not None:
             self.sinks.drop_from(self.length)
 
-    def _check_croppable(self) -> None:
+    def _prepare_crop(self) -> None:
         """Raise where tokens that a crop would bring back are gone."""
 
     def reset(self) -> None:
@@ -88,24 +88,36 @@ class PackedDynamicLayer(PackedLayer, DynamicLayer):
 
 
 class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
-    """Keeps the last sliding_window tokens."""
-
-    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
-        """Not for now: its history moves in its buffers."""
-        return False
-
-    def _ahead(self) -> int:
-        return 0
+    """Keeps the last sliding_window tokens: in rings, which `decode` can read, until tokens are to be removed
+    or the past is recorded.
+    """
 
     def __init__(self, replaced: DynamicSlidingWindowLayer, spec: LayerSpec, owner: PackedLayer | None):
         DynamicSlidingWindowLayer.__init__(self, replaced.sliding_window)
         self.record_past = getattr(replaced, "record_past", False)
+        self.rings = not self.record_past
         self._set_up(spec, owner)
         self.length = 0
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         PackedLayer.lazy_initialization(self, key, value)
         self._limit()
+
+    def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
+        """As others, while there are rings: codes that move in their buffers have no fixed slots."""
+        return self.rings and super().decodes(query, mask)
+
+    def _store(self, codecs: tuple[Codec, ...], tokens: int | None) -> Store:
+        assert tokens is not None
+        if self.rings:
+            return RingStore(codecs, tokens, wraps=True, fixed=False, grows=True)
+        return GrowingStore(codecs, tokens)
+
+    def _ahead(self) -> int:
+        return super()._ahead() if self.rings else 0
+
+    def _make_room(self, key: Tensor, value: Tensor) -> None:
+        self.history.reserve(self.length + key.shape[2] - self.window + self._ahead())
 
     def _capacity(self) -> int:
         return self.sliding_window
@@ -117,32 +129,47 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
     def activate_past_recording(self) -> None:
         """Keep tokens that leave the window until the next crop."""
         self.record_past = True
+        self._unroll()
         if self.is_initialized:
             self._limit()
 
+    def _unroll(self) -> None:
+        """Stores that can grow and shrink, in place of rings."""
+        if self.rings and self.is_initialized:
+            self.history = self.history.unrolled(self.sliding_window - self.window)
+            if self.positions is not None:
+                self.positions.settle()
+                self.positions.store = self.positions.store.unrolled(self.sliding_window)
+        self.rings = False
+
     def _limit(self) -> None:
         """While the past is recorded, no store forgets; otherwise together they hold the sliding window."""
+        if self.rings:
+            return
         limit = None if self.record_past else self.sliding_window
         self.history.limit = None if limit is None else limit - self.window
         if self.positions is not None:
             self.positions.store.limit = limit
 
     def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
+        if self.rings:  # their rows are the batch's from the start
+            positions = tuple(p.expand(self.batch_size, *p.shape[1:]) for p in positions)
         super()._begin_positions(positions, start)
         self._limit()
 
-    def _check_croppable(self) -> None:
+    def _prepare_crop(self) -> None:
         if self.length >= self.sliding_window and not self.record_past:
             raise StateError(
                 f"a sliding layer of {self.sliding_window} tokens is full and cannot be cropped; call "
                 "cache.activate_past_recording() before the tokens are added."
             )
+        self._unroll()
 
     def crop(self, tokens_to_remove: int) -> None:
         """As a dynamic layer; then forget what lies outside the sliding window."""
         super().crop(tokens_to_remove)
         self.cumulative_length = self.length
-        if self.is_initialized:
+        if self.is_initialized and not self.rings:
             held = self.length - self.history.first
             self.history.drop_first(min(len(self.history), held - self.sliding_window))
             if self.positions is not None:
@@ -151,7 +178,7 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.cumulative_length = 0
+        self.cumulative_length, self.rings = 0, not self.record_past
 
 
 class PackedStaticLayer(PackedLayer, StaticLayer):

@@ -340,6 +340,7 @@ class PackedLayer:
             self.history.counted(end - self.window)
         else:
             self.history.length = max(0, end - self.window)
+        if isinstance(end, int):
             self.exact_from = max(self.exact_from, end - self.recent.size)
 
     def _check_fits(self, count: int) -> None:

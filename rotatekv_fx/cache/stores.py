@@ -132,13 +132,15 @@ def _longer(tensor: Tensor, held: int, size: int) -> Tensor:
 class RingStore:
     """Buffers of `size` tokens, written in place: token n is in column n % size.
 
-    A store that does not wrap takes tokens below `size` only; index_copy_ refuses others.
+    A store that does not wrap takes tokens below `size` only; index_copy_ refuses others. One that `grows` is
+    short at first: until its size is its `limit`, no token has gone around.
     `count` is how many tokens the sequence has, those of negative number left out; it says which columns are
     filled. A tensor [] where the buffers are `fixed` (a static cache), so that a compiled step can change it.
     """
 
-    def __init__(self, codecs: tuple[Codec, ...], size: int, wraps: bool, fixed: bool):
-        self.codecs, self.size, self.wraps, self.fixed = codecs, size, wraps, fixed
+    def __init__(self, codecs: tuple[Codec, ...], limit: int, wraps: bool, fixed: bool, grows: bool = False):
+        self.codecs, self.limit, self.wraps, self.fixed = codecs, limit, wraps, fixed
+        self.size = min(limit, _LEAST_GROWTH) if grows else limit
         self.parts: tuple[Parts, ...] = ()
         self.count: Tensor | int = 0
 
@@ -163,6 +165,8 @@ class RingStore:
         Tokens with a negative number fill columns that are written again before they are read.
         """
         length = fields[0].shape[2]
+        if self.size < self.limit:
+            self.reserve(start + length)
         written = min(length, self.size)
         if written:
             numbers = torch.arange(length - written, length, device=fields[0].device) + start
@@ -171,6 +175,23 @@ class RingStore:
             for codec, parts, x in zip(self.codecs, self.parts, fields, strict=True):
                 codec.write(parts, x[:, :, length - written :], slots)
         self.counted(start + length)
+
+    def reserve(self, end: int) -> None:
+        """Make room for the tokens before number `end`, in a store that grows."""
+        if self.size < min(end, self.limit):
+            self.size = min(self.limit, end + max(_LEAST_GROWTH, end // _GROWTH_SHARE))
+            self.parts = tuple(
+                tuple(_longer(t, t.shape[2], self.size) for t in parts) for parts in self.parts
+            )
+
+    def unrolled(self, most: int) -> GrowingStore:
+        """The last tokens, `most` at most, in a store that keeps as many; the count is known on the host."""
+        held = max(0, min(self.count, most))
+        store = GrowingStore(self.codecs, most)
+        store.first, store.length = max(0, self.count) - held, held
+        columns = store.columns(self.parts[0][0].device) % self.size
+        store.parts = tuple(tuple(t.index_select(2, columns) for t in parts) for parts in self.parts)
+        return store
 
     def counted(self, count: Tensor | int) -> None:
         """Say how many tokens the sequence has now."""
