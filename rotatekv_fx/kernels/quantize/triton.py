@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -492,6 +493,8 @@ def quantizing(
     value_dim, capacity = value.shape[3], history[0].shape[2]
     tokens = min(new, capacity)
     rows = tuning.row_block(batch * tokens, 1)
+    if key.dtype is torch.float32:
+        rows = min(rows, 16)  # larger tiles of fp32 do not fit registers
     row_blocks = triton.cdiv(batch * tokens, rows)
     key_programs = layout.units * layout.key_groups * row_blocks
     ring_keys, ring_values = recent or (key, value)
