@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.attention.triton import decode
+from rotatekv_fx.kernels.held import Held
 
 WINDOW, SLACK, SINKS, PAIRS = 64, 32, 20, 32
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -80,17 +81,21 @@ def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
     query = randn(b, shape.query_heads, 1, d).bfloat16()
     key, value = randn(b, h, 1, d).bfloat16(), randn(b, h, 1, d).bfloat16()
     count = torch.tensor(shape.context - 1, device=device)
-    return [
-        query, key, value, history, recent, sinks, key_map, count.view(1, 1).clone(), None, count, 0, 0,
-        bits, bits, group, group, 0.7, 0.7, "midpoint", WINDOW, 0, False, d**-0.5, 0.0, None,
-    ]  # fmt: skip
+    held = Held(
+        history, recent, sinks, key_map, count.view(1, 1).clone(), count, 0, bits, bits, group, group,
+        0.7, 0.7, "midpoint", WINDOW, False,
+    )  # fmt: skip
+    return [query, key, value, held, None, 0, 0, d**-0.5, 0.0, None]
 
 
 def error_of(arguments: list) -> float:
     """Relative RMS error of the first sequence's output, against the fp32 reference on the same codes."""
-    query, key, value, history, recent, sinks, *rest = arguments
-    copies = [[t[:1].clone() for t in group] for group in (history, recent, sinks)]
-    expected = reference.decode(query[:1].float(), key[:1], value[:1], *copies, *rest)
+    query, key, value, held, *rest = arguments
+    history, recent, sinks = (
+        [t[:1].clone() for t in group] for group in (held.history, held.recent, held.sinks)
+    )
+    first = dataclasses.replace(held, history=history, recent=recent, sinks=sinks)
+    expected = reference.decode(query[:1].float(), key[:1], value[:1], first, *rest)
     actual = decode(*arguments)[:1].float()
     return float((actual - expected).norm() / expected.norm())
 

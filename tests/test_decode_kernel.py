@@ -1,5 +1,6 @@
 """The Triton kernels of decode attention against the plain reference: interpreted on a CPU, and on a GPU."""
 
+import dataclasses
 import math
 import os
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.held import Held
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
 from rotatekv_fx.kernels.tuning import TABLE_TOKENS
 
@@ -48,7 +50,9 @@ def build(
     bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
     sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
 ):  # fmt: skip
-    """Arguments of the op `decode` for a cache that holds `length` tokens, filled by the reference."""
+    """Arguments of `decode` for a cache of `length` tokens, filled by the reference: query, key, value,
+    Held, mask, mask_offset, sliding, scale, softcap, sink_logits.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -92,7 +96,6 @@ def build(
     recent = (
         [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if window else []
     )
-    common = [*bits, group, group, 0.7, 0.8, scheme, window]
     tokens = max(length, 1)
     keys = (randn(batch, heads, tokens + 1, dim) + 0.3).to(dtype)
     values = randn(batch, heads, tokens + 1, dim).to(dtype)
@@ -103,27 +106,33 @@ def build(
         at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
         store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
     shift = (7 - 10 * torch.arange(batch))[:, None]
+    held = Held(
+        history, recent, store, key_map, shift + length - 1, None, 0, *bits, group, group, 0.7, 0.8, scheme,
+        window, wraps,
+    )  # fmt: skip
     if length:
-        reference.extend(
-            keys[:, :, :length], values[:, :, :length], history, recent, store, key_map,
-            shift + length - 1, None, 0, *common, wraps,
-        )  # fmt: skip
+        reference.extend(keys[:, :, :length], values[:, :, :length], held)
     mask = None
     if padding:
         mask = torch.ones(batch, length + 1, dtype=torch.bool)
         for b, count in enumerate(padding):
             mask[b, :count] = False
+    held = dataclasses.replace(
+        held, position=shift + length, count=torch.tensor(length) if counted else None,
+        number=0 if counted else length,
+    )  # fmt: skip
     return [
         randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
-        values[:, :, length : length + 1], history, recent, store, key_map, shift + length,
-        mask, torch.tensor(length) if counted else None, 0 if counted else length, 0, *common, sliding, wraps,
-        dim**-0.5, softcap, randn(query_heads) if logits else None,
+        values[:, :, length : length + 1], held, mask, 0, sliding, dim**-0.5, softcap,
+        randn(query_heads) if logits else None,
     ]  # fmt: skip
 
 
 def copied(x, device="cpu"):
     if isinstance(x, torch.Tensor):
         return x.to(device, copy=True)
+    if isinstance(x, Held):
+        return Held(*copied(list(vars(x).values()), device))
     return [copied(y, device) for y in x] if isinstance(x, list) else x
 
 
@@ -157,9 +166,9 @@ def test_decode_matches_the_reference(name):
     actual = kernels.decode(*actual_arguments)
     assert not actual.isnan().any()
     assert relative(actual, expected) < (3e-3 if actual.dtype is torch.bfloat16 else 1.5e-3)
-    for now, wanted in zip(actual_arguments[4], expected_arguments[4], strict=True):
+    for now, wanted in zip(actual_arguments[3].recent, expected_arguments[3].recent, strict=True):
         torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
-    for now, wanted in zip(actual_arguments[3], expected_arguments[3], strict=True):
+    for now, wanted in zip(actual_arguments[3].history, expected_arguments[3].history, strict=True):
         same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
         assert same.float().mean() > 0.999
 
@@ -176,16 +185,16 @@ def test_extend_matches_the_reference(new, dim, window):
     from rotatekv_fx.kernels.quantize import triton as kernels
 
     arguments = build(dim=dim, window=window, length=100, capacity=208)
-    _, key, value, history, recent, sinks, key_map, position, _, _, number, _, *codec = arguments
+    _, key, value, held, *_ = arguments
     g = torch.Generator().manual_seed(1)
     key, value = (torch.randn(*x.shape[:2], new, x.shape[3], generator=g).to(x.dtype) for x in (key, value))
-    rest = [history, recent, sinks, key_map, position + new - 1, None, number, *codec[:8], False]
-    expected, actual = copied([key, value, *rest]), copied([key, value, *rest], DEVICE)
+    held = dataclasses.replace(held, position=held.position + new - 1)
+    expected, actual = copied([key, value, held]), copied([key, value, held], DEVICE)
     reference.extend(*expected)
     kernels.extend(*actual)
-    for now, wanted in zip(actual[3], expected[3], strict=True):
+    for now, wanted in zip(actual[2].recent, expected[2].recent, strict=True):
         torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
-    for now, wanted in zip(actual[2], expected[2], strict=True):
+    for now, wanted in zip(actual[2].history, expected[2].history, strict=True):
         same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
         assert same.float().mean() > 0.999
 
@@ -196,27 +205,27 @@ def test_a_cache_past_two_gigabytes():
     from rotatekv_fx.kernels.attention import triton as kernels
 
     small = copied(build(batch=1, heads=8, query_heads=8, capacity=320), DEVICE)
-    query, key, value, history, recent, sinks, key_map, position, *rest = small
+    query, key, value, held, *rest = small
     sequences, capacity = 65, 131072
 
     def many(x):
         return x.expand(sequences, *x.shape[1:]).contiguous()
 
     large_history = []
-    for part in history:
+    for part in held.history:
         large = torch.zeros(
             sequences, part.shape[1], capacity, *part.shape[3:], dtype=part.dtype, device=DEVICE
         )
         large[-1, :, : part.shape[2]] = part[0]
         large_history.append(large)
     assert large_history[0].nbytes > 2**31
-    large = [
-        *map(many, (query, key, value)), large_history, [*map(many, recent)], [*map(many, sinks)], key_map,
-        position, *rest,
-    ]  # fmt: skip
+    large_held = dataclasses.replace(
+        held, history=large_history, recent=[*map(many, held.recent)], sinks=[*map(many, held.sinks)]
+    )
+    large = [*map(many, (query, key, value)), large_held, *rest]
     expected = kernels.decode(*small)
     assert relative(kernels.decode(*large)[-1:], expected.cpu()) < 3e-3
-    for now, wanted in zip(large_history, history, strict=True):
+    for now, wanted in zip(large_history, held.history, strict=True):
         assert (now[-1, :, : wanted.shape[2]] == wanted[0]).float().mean() > 0.7  # NaN where nothing is held
 
 
@@ -253,5 +262,6 @@ def test_a_graph_replays_what_eager_computes():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(actual, expected)
-    for now, wanted in zip(captured[3] + captured[4], eager[3] + eager[4], strict=True):
+    after, wanted_after = ([*a[3].history, *a[3].recent] for a in (captured, eager))
+    for now, wanted in zip(after, wanted_after, strict=True):
         torch.testing.assert_close(now, wanted, rtol=0, atol=0, equal_nan=True)

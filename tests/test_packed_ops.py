@@ -1,5 +1,7 @@
 """The ops on packed layers: registration, tracing, what they refuse, and that prompts may be cut anywhere."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_decode_kernel import build, copied
@@ -9,6 +11,7 @@ from rotatekv_fx.cache import keymap
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.held import Held
 
 rotatekv = torch.ops.rotatekv
 SMALL = {
@@ -21,6 +24,8 @@ def small(**changes):
     """Arguments of `decode` on a small layer, with zeros where the buffers are empty."""
 
     def clean(x):
+        if isinstance(x, Held):
+            return Held(*clean(list(vars(x).values())))
         if isinstance(x, list):
             return [clean(y) for y in x]
         return x.nan_to_num(0.0) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -39,16 +44,25 @@ def new_tokens(count, *like):
 
 def extending(arguments, new=3):
     """Arguments of `extend` for some new tokens on the layer of `decode`'s arguments."""
-    _, key, value, *stored, position, _, count, number, _ = arguments[:12]
-    tokens = new_tokens(new, key, value)
-    return [*tokens, *stored, position + new - 1, count, number, *arguments[12:20], arguments[21]]
+    _, key, value, held, *_ = arguments
+    return [*new_tokens(new, key, value), dataclasses.replace(held, position=held.position + new - 1)]
 
 
 def prefilling(arguments, new=3):
     """Arguments of `prefill` for some new tokens on the layer of `decode`'s arguments."""
-    query, key, value, *stored, position, _, _, number, _ = arguments[:12]
-    tokens = new_tokens(new, query, key, value)
-    return [*tokens, *stored, position + new - 1, number, *arguments[12:20], arguments[22]]
+    query, key, value, held, *_ = arguments
+    held = dataclasses.replace(held, position=held.position + new - 1)
+    return [*new_tokens(new, query, key, value), held, arguments[7]]
+
+
+def flat(arguments):
+    """As the ops take them: what a layer holds, one by one."""
+    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held) else [x])]
+
+
+def buffers(arguments):
+    """What an op writes, of `decode`'s arguments."""
+    return [*arguments[3].history, *arguments[3].recent]
 
 
 CALLS = {
@@ -62,22 +76,22 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name):
-    torch.library.opcheck(getattr(rotatekv, name.partition(",")[0]).default, tuple(CALLS[name]()))
+    torch.library.opcheck(getattr(rotatekv, name.partition(",")[0]).default, tuple(flat(CALLS[name]())))
 
 
 def test_a_compiled_step_writes_the_buffers_themselves():
     torch._dynamo.reset()
     eager = small(counted=True)
     traced = copied(eager)
-    addresses = [t.data_ptr() for t in traced[3]]
+    addresses = [t.data_ptr() for t in traced[3].history]
     run = torch.compile(lambda *a: rotatekv.decode(*a) * 2.0, fullgraph=True, backend="aot_eager")
     for _ in range(3):
-        assert torch.equal(run(*traced), rotatekv.decode(*eager) * 2.0)
+        assert torch.equal(run(*flat(traced)), rotatekv.decode(*flat(eager)) * 2.0)
         for arguments in (eager, traced):
-            arguments[9].add_(1)
-            arguments[7].add_(1)
-    assert [t.data_ptr() for t in traced[3]] == addresses
-    assert all(torch.equal(a, b) for a, b in zip(traced[3] + traced[4], eager[3] + eager[4], strict=True))
+            arguments[3].count.add_(1)
+            arguments[3].position.add_(1)
+    assert [t.data_ptr() for t in traced[3].history] == addresses
+    assert all(torch.equal(a, b) for a, b in zip(buffers(traced), buffers(eager), strict=True))
 
 
 @pytest.mark.parametrize("window", [0, 8])
@@ -88,33 +102,41 @@ def test_tokens_one_by_one_give_the_buffers_of_one_prompt(window):
     reference.extend(*whole)
     for token in range(20):
         part = extending(one_by_one, new=1)
-        part[0], part[1] = (x[:, :, token : token + 1] for x in whole[:2])
-        part[6] = whole[6] - 19 + token
-        part[8] = token
+        place = whole[2].position - 19 + token
+        part = [*(x[:, :, token : token + 1] for x in whole[:2]), dataclasses.replace(part[2], number=token)]
+        part[2] = dataclasses.replace(part[2], position=place)
         reference.extend(*part)
-    for a, b in zip(at_once[3] + at_once[4], one_by_one[3] + one_by_one[4], strict=True):
+    for a, b in zip(buffers(at_once), buffers(one_by_one), strict=True):
         torch.testing.assert_close(a, b)
 
 
 REFUSED = {
-    "two tokens": ({1: torch.zeros(1, 2, 2, 32), 2: torch.zeros(1, 2, 2, 32)}, "give one new token"),
-    "history": ({3: []}, "history has 0 tensors; use 6"),
-    "key map": ({6: []}, "key_map has 0 tensors; use 5"),
-    "bits": ({12: 5}, "bits is 5"),
-    "group": ({14: 24}, "group 24 does not divide 64 channels"),
-    "window as long as the ring": ({19: 10}, "the ring has 10 slots for a window of 10"),
-    "query heads": ({0: torch.zeros(1, 3, 1, 32)}, "3 query heads for 2 KV heads"),
+    "two tokens": ({1: torch.zeros(1, 2, 2, 32), 2: torch.zeros(1, 2, 2, 32)}, {}, "give one new token"),
+    "history": ({}, {"history": []}, "history has 0 tensors; use 6"),
+    "key map": ({}, {"key_map": []}, "key_map has 0 tensors; use 5"),
+    "bits": ({}, {"key_bits": 5}, "bits is 5"),
+    "group": ({}, {"key_group": 24}, "group 24 does not divide 64 channels"),
+    "window as long as the ring": ({}, {"window": 10}, "the ring has 10 slots for a window of 10"),
+    "query heads": ({0: torch.zeros(1, 3, 1, 32)}, {}, "3 query heads for 2 KV heads"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_does_not_fit_is_refused(name):
-    changes, message = REFUSED[name]
+    changes, of_layer, message = REFUSED[name]
     arguments = small()
+    arguments[3] = dataclasses.replace(arguments[3], **of_layer)
     for index, value in changes.items():
         arguments[index] = value
     with pytest.raises(ConfigError, match=message):
-        rotatekv.decode(*arguments)
+        rotatekv.decode(*flat(arguments))
+
+
+def test_prefill_takes_no_ring():
+    arguments = prefilling(small())
+    arguments[3] = dataclasses.replace(arguments[3], wraps=True)
+    with pytest.raises(ConfigError, match="the history wraps"):
+        rotatekv.prefill(*flat(arguments))
 
 
 def test_the_table_is_as_long_as_the_longest_tile():

@@ -242,15 +242,10 @@ class PackedLayer:
             self._begin_positions(positions, start)
         self.prompt_open = False
         place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
-        counted = isinstance(start, Tensor)
         self._make_room(key, value)
         out = ops.decode(
-            query, key, value, [t for parts in self.history.parts for t in parts],
-            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
-            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
-            key_map, place, None if mask is None else mask[:, 0, 0], start if counted else None,
-            0 if counted else start, offset, *self._quantizers(), self.window,
-            self._capacity() if self.is_sliding else 0, self.is_sliding, scale, softcap, sink_logits,
+            query, key, value, *self._held(key_map, place, start), None if mask is None else mask[:, 0, 0],
+            offset, self._capacity() if self.is_sliding else 0, scale, softcap, sink_logits,
         )  # fmt: skip
         self._stored(1)
         self._advance(1)
@@ -306,20 +301,22 @@ class PackedLayer:
             self._hide_sinks()
         place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
         self._make_room(key, value)
-        out = ops.prefill(
-            query, key, value, [t for parts in self.history.parts for t in parts],
-            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
-            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
-            key_map, place, start, *self._quantizers(), self.window, scale,
-        )  # fmt: skip
+        out = ops.prefill(query, key, value, *self._held(key_map, place, start), scale)
         self._stored(count)
         self._advance(count)
         return out
 
-    def _quantizers(self) -> tuple[object, ...]:
-        """The arguments of `decode` from key_bits to scheme."""
+    def _held(self, key_map: list[Tensor], place: Tensor, start: Tensor | int) -> tuple[object, ...]:
+        """The ops' arguments from `history` to `wraps`, for new tokens of which `start` is the first."""
         k, v = self.spec.key.quantizer, self.spec.value.quantizer
-        return k.bits, v.bits, k.group, v.group, k.clip, v.clip, k.scheme
+        counted = isinstance(start, Tensor)
+        return (
+            [t for parts in self.history.parts for t in parts],
+            [parts[0] for parts in self.recent.parts] if self.spec.window else [],
+            [self.sinks.keys, self.sinks.values, self.sinks.tokens] if self.sinks is not None else [],
+            key_map, place, start if counted else None, 0 if counted else start,
+            k.bits, v.bits, k.group, v.group, k.clip, v.clip, k.scheme, self.window, self.is_sliding,
+        )  # fmt: skip
 
     def _ahead(self) -> int:
         """Tokens of the window that have their codes already: the next step can then read them at once."""

@@ -19,68 +19,56 @@ Positions of a sequence's tokens are taken to be consecutive: position - number 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
 
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference as attention
+from rotatekv_fx.kernels.held import Held, arguments_with_held
 from rotatekv_fx.kernels.prefill import reference as prompts
 from rotatekv_fx.ops.registry import check_code, check_equal, check_ranks, declare
 
-_GROUPS = (
-    "Tensor key, Tensor value, Tensor(a!)[] history, Tensor(b!)[] recent, Tensor[] sinks, Tensor[] key_map, "
-    "Tensor position, "
+_HELD = (
+    "Tensor(a!)[] history, Tensor(b!)[] recent, Tensor[] sinks, Tensor[] key_map, Tensor position, "
+    "Tensor? count, SymInt number, int key_bits, int value_bits, int key_group, int value_group, "
+    "float key_clip, float value_clip, str scheme, int window, bool wraps"
 )
-_QUANTIZERS = (
-    "int key_bits, int value_bits, int key_group, int value_group, float key_clip, float value_clip, "
-    "str scheme, int window, "
-)
+_AFTER_KEY_AND_VALUE = functools.partial(arguments_with_held, 2)
+_AFTER_QUERY = functools.partial(arguments_with_held, 3)
 
 
-def _check_packed_layer(
-    op: str,
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    bits: tuple[int, int],
-    groups: tuple[int, int],
-    window: int,
-) -> None:
+def _check_held(op: str, key: Tensor, value: Tensor, held: Held) -> None:
     check_ranks(op, 4, key=key, value=value)
-    check_ranks(op, 2, position=position)
+    check_ranks(op, 2, position=held.position)
     for name, given, counts in (
-        ("history", history, (6,)),
-        ("recent", recent, (2,) if window else (0,)),
-        ("sinks", sinks, (0, 3)),
-        ("key_map", key_map, (5,)),
+        ("history", held.history, (6,)),
+        ("recent", held.recent, (2,) if held.window else (0,)),
+        ("sinks", held.sinks, (0, 3)),
+        ("key_map", held.key_map, (5,)),
     ):
         if len(given) not in counts:
             raise ConfigError(f"{op}: {name} has {len(given)} tensors; use {counts[-1]}.")
-    for one_bits, group, x, codes in zip(bits, groups, (key, value), history[::3], strict=True):
-        check_code(op, one_bits, group)
+    sides = (held.key_bits, held.key_group, key), (held.value_bits, held.value_group, value)
+    for (bits, group, x), codes in zip(sides, held.history[::3], strict=True):
+        check_code(op, bits, group)
         channels = x.shape[1] * x.shape[3]
         if channels % group:
             raise ConfigError(f"{op}: group {group} does not divide {channels} channels; use a divisor.")
         check_equal(op, "groups of channels and codes", channels // group, codes.shape[1], "use one buffer")
-    if recent and recent[0].shape[2] <= window:
+    if held.recent and held.recent[0].shape[2] <= held.window:
         raise ConfigError(
-            f"{op}: the ring has {recent[0].shape[2]} slots for a window of {window}; use at least one more."
+            f"{op}: the ring has {held.recent[0].shape[2]} slots for a window of {held.window}; use at least "
+            "one more."
         )
 
 
-def _check_decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-    history, recent, sinks, key_map, position, mask = rest[:6]
-    key_bits, value_bits, key_group, value_group = rest[9:13]
+def _check_decode(
+    query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | None, *_: Any
+) -> None:
     check_ranks("decode", 4, query=query)
-    _check_packed_layer(
-        "decode", key, value, history, recent, sinks, key_map, position,
-        (key_bits, value_bits), (key_group, value_group), rest[16],
-    )  # fmt: skip
+    _check_held("decode", key, value, held)
     if query.shape[2] != 1 or key.shape[2] != 1:
         raise ConfigError(f"decode: {query.shape[2]} queries, {key.shape[2]} keys; give one new token.")
     if query.shape[1] % key.shape[1]:
@@ -92,12 +80,13 @@ def _check_decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None
 
 
 @declare(
-    "decode(Tensor query, " + _GROUPS + "Tensor? mask, Tensor? count, SymInt number, SymInt mask_offset, "
-    + _QUANTIZERS + "int sliding, bool wraps, float scale, float softcap, Tensor? sink_logits) -> Tensor",
+    f"decode(Tensor query, Tensor key, Tensor value, {_HELD}, Tensor? mask, SymInt mask_offset, int sliding, "
+    "float scale, float softcap, Tensor? sink_logits) -> Tensor",
     reference=attention.decode,
     check=_check_decode,
-)  # fmt: skip
-def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    gather=_AFTER_QUERY,
+)
+def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     """Attention of one new token over a packed layer, to which the token is added first.
 
     The token that leaves the window at the next step becomes codes, in place; without a window, the new token
@@ -108,14 +97,14 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         key, value: [B, Hkv, 1, D] of the new token, after RoPE.
         history, recent, sinks, key_map: the layer's tensors (module docstring); history and recent change.
         position: position id of the new token, [B or 1, 1].
-        mask: bool [B or 1, columns], False hides a token; column c is that of token mask_offset + c. None
-            shows all.
         count: int64 [], tokens in the cache before this one, read on the device; None takes `number`.
         number: the same on the host.
         key_bits, value_bits, key_group, value_group, key_clip, value_clip, scheme: as in op `quantize`.
         window: tokens that are read exactly, the new one included.
-        sliding: tokens that the attention sees, the new one included; 0 for all.
         wraps: whether the history is a ring.
+        mask: bool [B or 1, columns], False hides a token; column c is that of token mask_offset + c. None
+            shows all.
+        sliding: tokens that the attention sees, the new one included; 0 for all.
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         sink_logits: [Hq], one more logit in each denominator, or None.
@@ -129,21 +118,13 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[3]))
 
 
-def _check_extend(key: Tensor, value: Tensor, *rest: Any) -> None:
-    history, recent, sinks, key_map, position = rest[:5]
-    key_bits, value_bits, key_group, value_group = rest[7:11]
-    _check_packed_layer(
-        "extend", key, value, history, recent, sinks, key_map, position,
-        (key_bits, value_bits), (key_group, value_group), rest[14],
-    )  # fmt: skip
-
-
 @declare(
-    "extend(" + _GROUPS + "Tensor? count, SymInt number, " + _QUANTIZERS + "bool wraps) -> ()",
+    f"extend(Tensor key, Tensor value, {_HELD}) -> ()",
     reference=attention.extend,
-    check=_check_extend,
+    check=functools.partial(_check_held, "extend"),
+    gather=_AFTER_KEY_AND_VALUE,
 )
-def _extend(key: Tensor, value: Tensor, *rest: Any) -> None:
+def _extend(key: Tensor, value: Tensor, held: Held) -> None:
     """Adds new tokens to a packed layer, in place: what leaves the window then or next becomes codes.
 
     Args:
@@ -156,23 +137,21 @@ def _extend(key: Tensor, value: Tensor, *rest: Any) -> None:
     """
 
 
-def _check_prefill(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> None:
-    history, recent, sinks, key_map, position = rest[:5]
-    key_bits, value_bits, key_group, value_group = rest[6:10]
+def _check_prefill(query: Tensor, key: Tensor, value: Tensor, held: Held, scale: float) -> None:
     check_ranks("prefill", 4, query=query)
-    _check_packed_layer(
-        "prefill", key, value, history, recent, sinks, key_map, position,
-        (key_bits, value_bits), (key_group, value_group), rest[13],
-    )  # fmt: skip
+    _check_held("prefill", key, value, held)
     check_equal("prefill", "tokens of query and key", query.shape[2], key.shape[2], "give the new tokens")
+    if held.wraps or held.count is not None:
+        raise ConfigError("prefill: the history wraps, or tokens are counted on the device; use `extend`.")
 
 
 @declare(
-    "prefill(Tensor query, " + _GROUPS + "SymInt number, " + _QUANTIZERS + "float scale) -> Tensor",
+    f"prefill(Tensor query, Tensor key, Tensor value, {_HELD}, float scale) -> Tensor",
     reference=prompts.prefill,
     check=_check_prefill,
+    gather=_AFTER_QUERY,
 )
-def _prefill(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+def _prefill(query: Tensor, key: Tensor, value: Tensor, held: Held, scale: float) -> Tensor:
     """Causal attention of new tokens over a packed layer, to which they are added as by `extend`.
 
     Query i reads token j in its exact form where j > i - window, and through its codes elsewhere; sinks are
@@ -181,7 +160,7 @@ def _prefill(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     Args:
         query: [B, Hq, S, D], after RoPE.
         position: position id of the last new token, [B or 1, 1].
-        number: tokens in the cache before these.
+        number: tokens in the cache before these; `count` is None.
         others: as in op `decode`; the history does not wrap.
 
     Returns:

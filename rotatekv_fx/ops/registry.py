@@ -20,6 +20,7 @@ TRITON_KERNELS: dict[str, str] = {
 }
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
+_GATHERERS: dict[str, Callable[..., tuple[Any, ...]]] = {}
 
 
 def lowered_to(op_name: str, device_type: str) -> str:
@@ -42,27 +43,37 @@ def implementation(op_name: str, device_type: str) -> Callable[..., Any]:
     if lowered_to(op_name, device_type) == "reference":
         return REFERENCES[op_name]
     module, _, function = TRITON_KERNELS[op_name].partition(":")
-    return getattr(importlib.import_module(module), function)
+    return _gathering(getattr(importlib.import_module(module), function), _GATHERERS.get(op_name))
+
+
+def _gathering(
+    function: Callable[..., Any], gather: Callable[..., tuple[Any, ...]] | None
+) -> Callable[..., Any]:
+    return function if gather is None else lambda *args: function(*gather(*args))
 
 
 def declare(
-    signature: str, reference: Callable[..., Any], check: Callable[..., None]
+    signature: str,
+    reference: Callable[..., Any],
+    check: Callable[..., None],
+    gather: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers an op; the decorated function is its fake (shapes and dtypes only) and documents it.
 
-    `check` sees the arguments before the fake and before every implementation.
+    `check` sees the arguments before the fake and before every implementation; `gather`, where given, makes
+    of them those that fake, check and implementations take.
     """
     name, _, arguments = signature.partition("(")
     qualified = f"rotatekv::{name}"
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
         def checked_fake(*args: Any) -> Any:
-            check(*args)
-            return fake(*args)
+            _gathering(check, gather)(*args)
+            return _gathering(fake, gather)(*args)
 
         def run_on(device_type: str) -> Callable[..., Any]:
             def run(*args: Any) -> Any:
-                check(*args)
+                _gathering(check, gather)(*args)
                 function = implementation(name, device_type)
                 if torch.is_grad_enabled() or torch.is_autocast_enabled(device_type):
                     with torch.no_grad(), torch.autocast(device_type, enabled=False):
@@ -71,7 +82,9 @@ def declare(
 
             return run
 
-        REFERENCES[name] = reference
+        REFERENCES[name] = _gathering(reference, gather)
+        if gather is not None:
+            _GATHERERS[name] = gather
         torch.library.define(qualified, "(" + arguments)
         torch.library.register_fake(qualified, checked_fake)
         for device_type in ("cpu", "cuda"):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotatekv_fx.kernels.held import Held
 from rotatekv_fx.kernels.quantize.reference import dequantize, quantize
 
 
@@ -102,53 +103,36 @@ def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
+    held: Held,
     mask: Tensor | None,
-    count: Tensor | None,
-    number: int,
     mask_offset: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
     sliding: int,
-    wraps: bool,
     scale: float,
     softcap: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
     """Reference of the op `rotatekv::decode` (`rotatekv_fx.ops` describes it)."""
-    extend(
-        key, value, history, recent, sinks, key_map, position, count, number,
-        key_bits, value_bits, key_group, value_group, key_clip, value_clip, scheme, window, wraps,
-    )  # fmt: skip
-    newest = number if count is None else count
+    extend(key, value, held)
+    history, recent, sinks = held.history, held.recent, held.sinks
+    newest, window = held.start, held.window
     heads, dim = key.shape[1], key.shape[3]
-    matrix, _, rotation, angles = key_map[:4]
+    matrix, _, rotation, angles = held.key_map[:4]
     units, channels = matrix.shape[:2]
     pairs = len(angles)
     batch, repeats = query.shape[0], query.shape[1] // heads
     rows = query.float().reshape(batch, heads, repeats, dim)
 
     # History: scores from the codes in their own basis, and the mean's share from the position.
-    numbers = _history_numbers(history[0].shape[2], newest - window, wraps, query.device)
-    coded = dequantize(*history[:3], key_bits, key_group, units, torch.float32)
+    numbers = _history_numbers(held.capacity, newest - window, held.wraps, query.device)
+    coded = dequantize(*history[:3], held.key_bits, held.key_group, units, torch.float32)
     rotated = torch.einsum("bhrd,hdc->bhrc", rows, rotation)
     coded = coded.repeat_interleave(heads // units, 1)
     scores = rotated[..., :channels] @ coded.transpose(-1, -2)
-    places = position.reshape(-1, 1) - newest + numbers
+    places = held.position.reshape(-1, 1) - newest + numbers
     turned = places.double()[..., None] * angles  # [B or 1, N, pairs]
     waves = torch.cat([turned.cos(), turned.sin()], -1).float()[:, None]
     scores = scores + rotated[..., channels : channels + 2 * pairs] @ waves.transpose(-1, -2)
-    values = dequantize(*history[3:], value_bits, value_group, heads, torch.float32)
+    values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
     last_coded = newest - window
     visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
     columns = [(scores, values, numbers.expand(batch, -1), visible)]
@@ -190,32 +174,12 @@ def _history_numbers(size: int, newest: Tensor | int, wraps: bool, device: torch
     return newest - (newest - slots) % size if wraps else slots
 
 
-def extend(
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    count: Tensor | None,
-    number: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    wraps: bool,
-) -> None:
+def extend(key: Tensor, value: Tensor, held: Held) -> None:
     """Reference of the op `rotatekv::extend` (`rotatekv_fx.ops` describes it)."""
-    start = number if count is None else count
+    history, recent, start, capacity, wraps = held.history, held.recent, held.start, held.capacity, held.wraps
     new, heads, dim = key.shape[2], key.shape[1], key.shape[3]
-    device, capacity = key.device, history[0].shape[2]
-    leaving = min(new, capacity)
-    ahead = max(0, window - 1)  # the oldest token of the window has its codes already
+    device, leaving = key.device, min(new, capacity)
+    ahead = max(0, held.window - 1)  # the oldest token of the window has its codes already
     numbers = torch.arange(leaving, device=device) + (start + new - ahead - leaving)
     if recent:
         size = recent[0].shape[2]
@@ -227,29 +191,29 @@ def extend(
         )
     else:
         key_out, value_out = (x[:, :, new - leaving :].float() for x in (key, value))
-    matrix, mean, _, angles = key_map[:4]
+    matrix, mean, _, angles = held.key_map[:4]
     units, channels = matrix.shape[:2]
     flat = key_out.transpose(1, 2).reshape(key.shape[0], leaving, units, channels)
     newest = start + new - 1
-    turned = (position.reshape(-1, 1) - newest + numbers).double()[..., None] * angles
+    turned = (held.position.reshape(-1, 1) - newest + numbers).double()[..., None] * angles
     waves = torch.cat([turned.cos(), turned.sin()], -1).float()
     coded = torch.einsum("bsuc,ucd->bsud", flat, matrix) - torch.einsum("bsp,upd->bsud", waves, mean)
     coded = coded.reshape(key.shape[0], leaving, heads, dim).transpose(1, 2)
     # Tokens without a slot are written where a real one is written after them.
-    held = (numbers >= 0) if wraps else (numbers >= 0) & (numbers < capacity)
-    slots = torch.where(held, numbers % capacity if wraps else numbers, 0)
-    order = torch.argsort(held.to(torch.uint8), stable=True)
-    kept = order if isinstance(start, Tensor) else order[int((~held).sum()) :]
+    placed = (numbers >= 0) if wraps else (numbers >= 0) & (numbers < capacity)
+    slots = torch.where(placed, numbers % capacity if wraps else numbers, 0)
+    order = torch.argsort(placed.to(torch.uint8), stable=True)
+    kept = order if isinstance(start, Tensor) else order[int((~placed).sum()) :]
     parts = (
-        *quantize(coded, key_bits, key_group, key_clip, scheme),
-        *quantize(value_out, value_bits, value_group, value_clip, scheme),
+        *quantize(coded, held.key_bits, held.key_group, held.key_clip, held.scheme),
+        *quantize(value_out, held.value_bits, held.value_group, held.value_clip, held.scheme),
     )
-    if sinks:
-        hidden = (sinks[2][:, :, None] == numbers).any(1)[:, None]
+    if held.sinks:
+        hidden = (held.sinks[2][:, :, None] == numbers).any(1)[:, None]
         parts = (parts[0], torch.where(hidden, -parts[1], parts[1]), *parts[2:])
     for buffer, part in zip(history, parts, strict=True):
         before = buffer.index_select(2, slots)
-        keep = held.view(1, 1, -1, *[1] * (part.dim() - 3))
+        keep = placed.view(1, 1, -1, *[1] * (part.dim() - 3))
         buffer.index_copy_(2, slots[kept], torch.where(keep, part, before)[:, :, kept])
     if recent:
         last = min(new, recent[0].shape[2])

@@ -33,13 +33,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
-from rotatekv_fx.kernels.quantize.triton import (
-    cos_sin,
-    launch_step,
-    layout_of,
-    quantize_program,
-    quantizing,
-)
+from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.quantize.triton import cos_sin, launch_step, quantize_program, quantizing
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -637,94 +632,74 @@ def decode(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
+    held: Held,
     mask: Tensor | None,
-    count: Tensor | None,
-    number: int,
     mask_offset: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
     sliding: int,
-    wraps: bool,
     scale: float,
     softcap: float,
     sink_logits: Tensor | None,
 ) -> Tensor:
     """The op `rotatekv::decode` (`rotatekv_fx.ops` describes it), in three launches."""
     batch, query_heads, _, dim = query.shape
-    heads, value_dim = key.shape[1], value.shape[3]
+    value_dim = value.shape[3]
     query, key, value = (x.contiguous() for x in (query, key, value))
     mask = None if mask is None else mask.contiguous()
-    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
-    width = key_map[2].shape[2]
+    history, sinks, position, window = held.history, held.sinks, held.position, held.window
+    counter = position if held.count is None else held.count
+    _, _, rotation, angles, table = held.key_map
+    width = rotation.shape[2]
     rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)
     dependent = tuning.dependent_launch(query.device)
     launch = {"launch_pdl": True} if dependent else {}
-    codes = quantizing(
-        layout, key, value, history, recent, sinks, key_map, position, key_clip, value_clip, scheme, window,
-        wraps,
-    )  # fmt: skip
+    codes = quantizing(key, value, held)
     before, after = (0, codes.programs) if window else (codes.programs, 0)
     launch_step(
-        codes, count, number, 1 if recent else 0, before, query, key_map[2], rotated,
-        scale * math.log2(math.e), dependent,
-    )  # fmt: skip
-    unit_heads = layout.heads
-    repeats = query_heads // heads
+        codes, held, 1 if held.recent else 0, before, query, rotated, scale * math.log2(math.e), dependent
+    )
+    units, unit_heads = held.units, held.unit_heads(key)
+    key_groups, value_groups = held.unit_groups(key, value)
+    repeats = query_heads // key.shape[1]
     rows = unit_heads * repeats
     sink_count = sinks[2].shape[1] if sinks else 0
     exact_tile = 32 if unit_heads == 1 and dim <= 128 else 16
     exact_tiles = triton.cdiv(sink_count, exact_tile) + triton.cdiv(window, exact_tile)
-    channels = max(layout.key_groups * key_group, layout.value_groups * value_group)
-    choice = tuning.decode_choice(
-        query.device, batch * layout.units, history[0].shape[2], rows, channels, exact_tiles
-    )
+    channels = max(key_groups * held.key_group, value_groups * held.value_group)
+    choice = tuning.decode_choice(query.device, batch * units, held.capacity, rows, channels, exact_tiles)
     count_parts = choice.splits + exact_tiles
-    parts = query.new_empty((batch * layout.units, count_parts, rows, value_dim), dtype=torch.float32)
-    weights = query.new_empty((batch * layout.units, count_parts, rows, 2), dtype=torch.float32)
+    parts = query.new_empty((batch * units, count_parts, rows, value_dim), dtype=torch.float32)
+    weights = query.new_empty((batch * units, count_parts, rows, 2), dtype=torch.float32)
     out = query.new_empty((batch, 1, query_heads, value_dim))
-    recent_keys, recent_values = recent or (key, value)
+    recent_keys, recent_values = held.recent or (key, value)
     sink_keys, sink_values, sink_tokens = sinks or (recent_keys, recent_values, position)
     shown = position if mask is None else mask.view(torch.int8)
-    _, _, _, angles, table = key_map
-    pairs = len(angles)
     key_words = history[0].shape[3] // 2
     value_words = history[3].shape[3] // 2
-    decode_kernel[(batch * layout.units, count_parts)](
-        position if count is None else count, number, query, rotated,
+    decode_kernel[(batch * units, count_parts)](
+        counter, held.number, query, rotated,
         history[0].view(torch.int16), history[1], history[2],
-        history[3].view(torch.int16), history[4], history[5], history[0].shape[2],
+        history[3].view(torch.int16), history[4], history[5], held.capacity,
         recent_keys, recent_values, recent_keys.shape[2], sink_keys, sink_values, sink_tokens,
         shown, 0 if mask is None or mask.shape[0] == 1 else mask.stride(0), mask_offset,
         0 if mask is None else mask.shape[1],
         position, 0 if position.shape[0] == 1 else 1, angles, table,
-        scale, softcap, layout.units, parts, weights,
-        COUNTED=count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
+        scale, softcap, units, parts, weights,
+        COUNTED=held.count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
         U=unit_heads, REPEATS=repeats,
         D=dim, DV=value_dim, DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
-        KG=layout.key_groups, VG=layout.value_groups, KGROUP=key_group, VGROUP=value_group,
-        KBITS=key_bits, VBITS=value_bits, KWORDS=key_words, VWORDS=value_words,
-        KWP=_tensor_step(key_group, key_bits), VWP=_tensor_step(value_group, value_bits),
-        CP=triton.next_power_of_2(layout.key_groups * key_group), PAIRS=pairs, SINKS=sink_count,
+        KG=key_groups, VG=value_groups, KGROUP=held.key_group, VGROUP=held.value_group,
+        KBITS=held.key_bits, VBITS=held.value_bits, KWORDS=key_words, VWORDS=value_words,
+        KWP=_tensor_step(held.key_group, held.key_bits), VWP=_tensor_step(held.value_group, held.value_bits),
+        CP=triton.next_power_of_2(key_groups * held.key_group), PAIRS=len(angles), SINKS=sink_count,
         WINDOW=window, SLIDING=sliding, N=choice.tile, NE=exact_tile, STAGES=choice.stages,
-        MIDPOINT=scheme == "midpoint", WRAPS=wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
+        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
         DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
     block, columns = tuning.combine_block(count_parts, value_dim)
     finish_kernel[(after + batch * query_heads * triton.cdiv(value_dim, columns),)](
-        position if count is None else count, number, after, parts, weights,
+        counter, held.number, after, parts, weights,
         weights if sink_logits is None else sink_logits, out, count_parts, rows, *codes.arguments,
-        COUNTED=count is not None, QUANTIZES=after > 0,
+        COUNTED=held.count is not None, QUANTIZES=after > 0,
         HAS_LOGITS=0 if sink_logits is None else query_heads, BLOCK=block, COLUMNS=columns,
         DEPENDENT=dependent, **codes.constants, num_warps=tuning.step_warps(codes.rows), maxnreg=128,
         **launch,

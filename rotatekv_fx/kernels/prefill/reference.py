@@ -6,31 +6,14 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.kernels.attention.reference import extend
+from rotatekv_fx.kernels.held import Held
 from rotatekv_fx.kernels.quantize.reference import dequantize
 
 
-def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    number: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    scale: float,
-) -> Tensor:
+def prefill(query: Tensor, key: Tensor, value: Tensor, held: Held, scale: float) -> Tensor:
     """Reference of the op `rotatekv::prefill` (`rotatekv_fx.ops` describes it)."""
     device, new, heads = key.device, key.shape[2], key.shape[1]
+    number, window, recent = held.number, held.window, held.recent
     before = torch.arange(max(0, number - window), number, device=device)
     exact_keys, exact_values = key, value
     if recent and len(before):
@@ -40,15 +23,9 @@ def prefill(
             for ring, x in zip(recent, (key, value), strict=True)
         )
     exact_numbers = torch.arange(number + new - exact_keys.shape[2], number + new, device=device)
-    extend(
-        key, value, history, recent, sinks, key_map, position, None, number,
-        key_bits, value_bits, key_group, value_group, key_clip, value_clip, scheme, window, False,
-    )  # fmt: skip
+    extend(key, value, held)
     coded = max(0, number + new - window)
-    coded_keys, coded_values = restored(
-        history, sinks, key_map, position - (number + new - 1), coded, heads, key_bits, value_bits, key_group,
-        value_group,
-    )  # fmt: skip
+    coded_keys, coded_values = restored(held, held.position - (number + new - 1), coded, heads)
     asking = torch.arange(number, number + new, device=device)[:, None]
     seen = torch.cat(
         [
@@ -63,37 +40,28 @@ def prefill(
     return (torch.softmax(scores, -1) @ values).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def restored(
-    history: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    shift: Tensor,
-    length: int,
-    heads: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-) -> tuple[Tensor, Tensor]:
+def restored(held: Held, shift: Tensor, length: int, heads: int) -> tuple[Tensor, Tensor]:
     """Keys and values of the first `length` tokens as attention reads them, fp32 [B, Hkv, length, D].
 
     Args:
         shift: position less number of a token, [B or 1, 1].
-        others: as in op `prefill`.
+        heads: Hkv.
     """
-    held = [t[:, :, :length] for t in history]
-    _, _, rotation, angles = key_map[:4]
-    units = key_map[0].shape[0]
+    history = [t[:, :, :length] for t in held.history]
+    _, _, rotation, angles = held.key_map[:4]
+    units = held.units
     numbers = torch.arange(length, device=shift.device)
     turned = (shift + numbers).double()[..., None] * angles
     waves = torch.cat([turned.cos(), turned.sin()], -1).float()[:, None]
-    coded = dequantize(held[0], held[1].abs(), held[2], key_bits, key_group, units, torch.float32)
+    coded = dequantize(
+        history[0], history[1].abs(), history[2], held.key_bits, held.key_group, units, torch.float32
+    )
     coded = coded.repeat_interleave(heads // units, 1)
     whole = torch.cat([coded, waves.expand(*coded.shape[:3], -1)], -1)
     keys = torch.einsum("bhnc,hdc->bhnd", whole, rotation)
-    values = dequantize(*held[3:], value_bits, value_group, heads, torch.float32)
-    if sinks:
-        exact_keys, exact_values, tokens = sinks
+    values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
+    if held.sinks:
+        exact_keys, exact_values, tokens = held.sinks
         chosen = (tokens.long()[:, :, None] == numbers).to(torch.float32)  # [B, count, length]
         free = 1.0 - chosen.sum(1)[:, None, :, None]
         keys = keys * free + torch.einsum("bcn,bhcd->bhnd", chosen, exact_keys.float())

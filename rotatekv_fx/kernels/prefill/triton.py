@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rotatekv_fx.kernels.quantize.triton import cos_sin, extend, layout_of, wave_product
+from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.quantize.triton import cos_sin, extend, wave_product
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -208,50 +209,26 @@ def band_kernel(
     )  # fmt: skip
 
 
-def prefill(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    number: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    scale: float,
-) -> Tensor:
+def prefill(query: Tensor, key: Tensor, value: Tensor, held: Held, scale: float) -> Tensor:
     """The op `rotatekv::prefill` (`rotatekv_fx.ops` describes it)."""
     key, value = key.contiguous(), value.contiguous()
     query = query if query.stride(3) == 1 else query.contiguous()
     batch, query_heads, new, dim = query.shape
     heads, value_dim = key.shape[1], value.shape[3]
-    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
+    number, window = held.number, held.window
     exact_keys, exact_values = key, value
     before = min(number, window)
     if before:
-        slots = torch.arange(number - before, number, device=key.device) % recent[0].shape[2]
+        slots = torch.arange(number - before, number, device=key.device) % held.recent[0].shape[2]
         exact_keys, exact_values = (
             torch.cat([ring[:, :, slots].to(x.dtype), x], 2)
-            for ring, x in zip(recent, (key, value), strict=True)
+            for ring, x in zip(held.recent, (key, value), strict=True)
         )
-    extend(
-        key, value, history, recent, sinks, key_map, position, None, number, key_bits, value_bits, key_group,
-        value_group, key_clip, value_clip, scheme, window, False,
-    )  # fmt: skip
+    extend(key, value, held)
     coded = max(0, number + new - window)
     parts: list[tuple[Tensor, Tensor, int]] = []
     if coded:
-        keys, values = _restored(
-            history, sinks, key_map, position - (number + new - 1), coded, key, value, layout, scheme
-        )
+        keys, values = _restored(held, held.position - (number + new - 1), coded, key, value)
         common = max(0, number - window)  # coded tokens that every query reads
         skip = max(0, window - number)  # queries that read none of the others
         if common:
@@ -271,17 +248,7 @@ def prefill(
     return out
 
 
-def _restored(
-    history: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    shift: Tensor,
-    length: int,
-    key: Tensor,
-    value: Tensor,
-    layout: object,
-    scheme: str,
-) -> tuple[Tensor, Tensor]:
+def _restored(held: Held, shift: Tensor, length: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of the first `length` tokens as attention reads them, in the dtype of `key`."""
     batch, heads, _, dim = key.shape
     value_dim, rows = value.shape[3], length + 1  # the last row takes what has no place
@@ -289,18 +256,18 @@ def _restored(
     shift = shift.contiguous()
     tiles = triton.cdiv(length, _TOKENS), batch * heads, triton.cdiv(max(dim, value_dim), _COLUMNS)
     restore_kernel[tiles](
-        *history, history[0].shape[2], key_map[2], key_map[3], shift, 0 if shift.shape[0] == 1 else 1,
-        keys, values, length, rows, heads, layout.units,
-        D=dim, DV=value_dim, KG=layout.key_groups, KGROUP=layout.key_group,
-        KGROUP_PADDED=triton.next_power_of_2(layout.key_group), VGROUP=layout.value_group,
-        KBYTES=history[0].shape[3], VBYTES=history[3].shape[3], KBITS=layout.key_bits,
-        VBITS=layout.value_bits, PAIRS=len(key_map[3]), MIDPOINT=scheme == "midpoint", N=_TOKENS,
+        *held.history, held.capacity, *held.key_map[2:4], shift, 0 if shift.shape[0] == 1 else 1,
+        keys, values, length, rows, heads, held.units,
+        D=dim, DV=value_dim, KG=held.unit_groups(key, value)[0], KGROUP=held.key_group,
+        KGROUP_PADDED=triton.next_power_of_2(held.key_group), VGROUP=held.value_group,
+        KBYTES=held.history[0].shape[3], VBYTES=held.history[3].shape[3], KBITS=held.key_bits,
+        VBITS=held.value_bits, PAIRS=len(held.key_map[3]), MIDPOINT=held.scheme == "midpoint", N=_TOKENS,
         COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
-    if sinks:
-        tokens = sinks[2].long()
-        place = torch.where((tokens >= 0) & (tokens < length), tokens, length)[:, None, :, None]
-        for whole, exact in ((keys, sinks[0]), (values, sinks[1])):
+    if held.sinks:
+        exact_keys, exact_values, tokens = held.sinks
+        place = torch.where((tokens >= 0) & (tokens < length), tokens, length).long()[:, None, :, None]
+        for whole, exact in ((keys, exact_keys), (values, exact_values)):
             whole.scatter_(2, place.expand(exact.shape), exact.to(whole.dtype))
     return keys[:, :, :length], values[:, :, :length]
 

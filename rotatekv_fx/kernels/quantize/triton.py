@@ -17,6 +17,7 @@ from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from rotatekv_fx.kernels import tuning
+from rotatekv_fx.kernels.held import Held
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SCALE_MIN = tl.constexpr(6.103515625e-05)  # smallest normal fp16
@@ -426,38 +427,6 @@ def step_kernel(
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a layer's heads form units, and the channels of a unit quantization groups.
-
-    Attributes:
-        units: units of heads.
-        heads: KV heads of a unit.
-        key_groups, value_groups: quantization groups of a unit.
-        key_bits, value_bits: of a code.
-        key_group, value_group: channels of a group.
-    """
-
-    units: int
-    heads: int
-    key_groups: int
-    value_groups: int
-    key_bits: int
-    value_bits: int
-    key_group: int
-    value_group: int
-
-
-def layout_of(
-    key: Tensor, value: Tensor, key_map: list[Tensor], bits: tuple[int, int], groups: tuple[int, int]
-) -> Layout:
-    """From the arguments of the ops: `key_map[0]` is [units, channels, channels]."""
-    units = key_map[0].shape[0]
-    heads = key.shape[1] // units
-    counts = (heads * key.shape[3] // groups[0], heads * value.shape[3] // groups[1])
-    return Layout(units, heads, *counts, *bits, *groups)
-
-
-@dataclasses.dataclass(frozen=True)
 class Quantizing:
     """A launch of `quantize_program`s.
 
@@ -473,94 +442,57 @@ class Quantizing:
     rows: int
 
 
-def quantizing(
-    layout: Layout,
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    wraps: bool,
-) -> Quantizing:
-    """What makes codes of as many tokens as are new (arguments as of the op `extend`, contiguous)."""
+def quantizing(key: Tensor, value: Tensor, held: Held) -> Quantizing:
+    """What makes codes of as many tokens as are new: keys and values [B, Hkv, S, D], contiguous."""
     batch, _, new, dim = key.shape
-    value_dim, capacity = value.shape[3], history[0].shape[2]
+    value_dim, capacity = value.shape[3], held.capacity
+    key_groups, value_groups = held.unit_groups(key, value)
+    history, sinks, position = held.history, held.sinks, held.position
     tokens = min(new, capacity)
     rows = tuning.row_block(batch * tokens, 1)
     if key.dtype is torch.float32:
         rows = min(rows, 16)  # larger tiles of fp32 do not fit registers
     row_blocks = triton.cdiv(batch * tokens, rows)
-    key_programs = layout.units * layout.key_groups * row_blocks
-    ring_keys, ring_values = recent or (key, value)
+    key_programs = held.units * key_groups * row_blocks
+    ring_keys, ring_values = held.recent or (key, value)
     sink_count = sinks[2].shape[1] if sinks else 0
-    matrix, mean, _, angles, _ = key_map
+    matrix, mean, _, angles, _ = held.key_map
     arguments = (
         key_programs, row_blocks, tokens, batch * tokens, new, key, value, ring_keys, ring_values,
         ring_keys.shape[2], sinks[2] if sinks else position, matrix, mean, angles, position,
-        0 if position.shape[0] == 1 else 1, *history, capacity, key_clip, value_clip, layout.units,
+        0 if position.shape[0] == 1 else 1, *history, capacity, held.key_clip, held.value_clip, held.units,
     )  # fmt: skip
     constants = {
-        "D": dim, "DV": value_dim, "DP": triton.next_power_of_2(max(dim, value_dim, 16)), "U": layout.heads,
-        "KG": layout.key_groups, "VG": layout.value_groups,
-        "KGROUP": layout.key_group, "VGROUP": layout.value_group,
-        "KBITS": layout.key_bits, "VBITS": layout.value_bits,
+        "D": dim, "DV": value_dim, "DP": triton.next_power_of_2(max(dim, value_dim, 16)),
+        "U": held.unit_heads(key), "KG": key_groups, "VG": value_groups,
+        "KGROUP": held.key_group, "VGROUP": held.value_group,
+        "KBITS": held.key_bits, "VBITS": held.value_bits,
         "KBYTES": history[0].shape[3], "VBYTES": history[3].shape[3],
-        "KWIDTH": _plane_width(layout.key_group, layout.key_bits),
-        "VWIDTH": _plane_width(layout.value_group, layout.value_bits),
+        "KWIDTH": _plane_width(held.key_group, held.key_bits),
+        "VWIDTH": _plane_width(held.value_group, held.value_bits),
         "PAIRS": len(angles), "SINKS": sink_count,
         "SINKS_PADDED": triton.next_power_of_2(max(1, sink_count)),
-        "MIDPOINT": scheme == "midpoint", "WRAPS": wraps, "LAG": max(0, window - 1), "ROWS": rows,
+        "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "LAG": max(0, held.window - 1),
+        "ROWS": rows,
     }  # fmt: skip
-    programs = key_programs + layout.units * layout.value_groups * row_blocks
+    programs = key_programs + held.units * value_groups * row_blocks
     return Quantizing(programs, arguments, constants, rows)
 
 
-def extend(
-    key: Tensor,
-    value: Tensor,
-    history: list[Tensor],
-    recent: list[Tensor],
-    sinks: list[Tensor],
-    key_map: list[Tensor],
-    position: Tensor,
-    count: Tensor | None,
-    number: int,
-    key_bits: int,
-    value_bits: int,
-    key_group: int,
-    value_group: int,
-    key_clip: float,
-    value_clip: float,
-    scheme: str,
-    window: int,
-    wraps: bool,
-) -> None:
+def extend(key: Tensor, value: Tensor, held: Held) -> None:
     """The op `rotatekv::extend` (`rotatekv_fx.ops` describes it): codes first, then the ring."""
-    layout = layout_of(key, value, key_map, (key_bits, value_bits), (key_group, value_group))
-    key, value = key.contiguous(), value.contiguous()
-    codes = quantizing(
-        layout, key, value, history, recent, sinks, key_map, position, key_clip, value_clip, scheme, window,
-        wraps,
-    )  # fmt: skip
-    launch_step(codes, count, number, 0, codes.programs)  # the ring may hold what leaves
-    if recent:
-        launch_step(codes, count, number, min(key.shape[2], recent[0].shape[2]), 0)
+    codes = quantizing(key.contiguous(), value.contiguous(), held)
+    launch_step(codes, held, 0, codes.programs)  # the ring may hold what leaves
+    if held.recent:
+        launch_step(codes, held, min(key.shape[2], held.recent[0].shape[2]), 0)
 
 
 def launch_step(
     codes: Quantizing,
-    count: Tensor | None,
-    number: int,
+    held: Held,
     ring_tokens: int,
     quantize_programs: int,
     query: Tensor | None = None,
-    query_matrix: Tensor | None = None,
     rotated: Tensor | None = None,
     factor: float = 1.0,
     depended_on: bool = False,
@@ -568,19 +500,19 @@ def launch_step(
     """Launch `step_kernel`: store `ring_tokens`, quantize where there are programs for it, and rotate a query
     where there is one.
     """
-    key, matrix, position = (codes.arguments[i] for i in (5, 11, 14))
+    key, query_matrix = codes.arguments[5], held.key_map[2]
     batch, heads, new = key.shape[:3]
     repeats = 1 if query is None else query.shape[1] // heads
     query_rows = tuning.row_block(batch * repeats, 4)
     query_blocks = triton.cdiv(batch * repeats, query_rows)
-    width, columns = 1 if query is None else query_matrix.shape[2], 32 if query_rows <= 4 else 64
+    width, columns = query_matrix.shape[2], 32 if query_rows <= 4 else 64
     query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
     programs = quantize_programs + query_programs + (batch * heads if ring_tokens else 0)
     step_kernel[(programs,)](
-        position if count is None else count, number, ring_tokens, quantize_programs, query_programs,
-        query_blocks, key if query is None else query, matrix if query is None else query_matrix,
-        matrix if query is None else rotated, factor, repeats, heads, *codes.arguments,
-        COUNTED=count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
+        held.position if held.count is None else held.count, held.number, ring_tokens, quantize_programs,
+        query_programs, query_blocks, key if query is None else query, query_matrix,
+        query_matrix if rotated is None else rotated, factor, repeats, heads, *codes.arguments,
+        COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
         QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on, **codes.constants,
         num_warps=tuning.step_warps(codes.rows),
     )  # fmt: skip
