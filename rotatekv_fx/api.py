@@ -373,7 +373,9 @@ def _rewrite(
         config.debug,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
-    lowered = {name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite, runtime))}
+    lowered = {
+        name: ops.lowered_to(name, device.type) for name in sorted(_ops_of(rewrite, runtime, device.type))
+    }
     site_report = dataclasses.replace(described, passes=counts, lowered=lowered)
     reads_mask = site.attention is None and site.mask is not None
     mask = next(i for i in site.capture.inputs if i.name == site.mask.name) if reads_mask else None
@@ -390,12 +392,16 @@ def _mark(config: RotateKVConfig, statistics: LayerStatistics | None) -> int:
     return int.from_bytes(digest.digest()[:7])
 
 
-def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime) -> set[str]:
-    """Names of our ops that the rewritten graph and its packed layer run."""
+def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime, device_type: str) -> set[str]:
+    """Names of our ops that the rewritten graph and its packed layer run on such a device."""
     targets = (str(n.target) for n in rewrite.graph.nodes if n.op == "call_function")
     used = {t.split(".")[1] for t in targets if t.startswith("rotatekv.")}
-    if rewrite.graph.find_nodes(op="call_method", target="attend"):
+    for attend in rewrite.graph.find_nodes(op="call_method", target="attend"):
         used |= {"attend", "decode"} if runtime.decodes else {"attend"}
+        *_, softcap, sink_logits, causal = attend.args
+        plain = causal and not softcap and sink_logits is None
+        if runtime.decodes and plain and ops.lowered_to("prefill", device_type) == "triton":
+            used.add("prefill")
     quantizers = (rewrite.plan.key_quantizer, rewrite.plan.value_quantizer)
     used |= {"quantize", "dequantize", "append"} if any(quantizers) else {"store"}
     return used | ({"select_sinks", "take_tokens", "restore_sinks"} if rewrite.plan.sinks else set())

@@ -6,6 +6,8 @@ import zoo
 from test_cache import CLOSE_IN_CODES, Sequences, dynamic, next_tokens, run, static
 from zoo import one_thread  # noqa: F401
 
+import rotatekv_fx
+from rotatekv_fx import ops
 from rotatekv_fx.cache import runtime
 from rotatekv_fx.cache.layers import PackedLayer
 
@@ -73,3 +75,13 @@ def test_padded_prompts_take_the_general_path(make, calls, monkeypatch):
     model = zoo.packed("llama", "centered", window=8)
     run(model, Sequences.prompt(padding=(0, 4, 9)), make(model))
     assert not calls
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama", True), ("gemma2", False)])
+def test_the_report_says_where_prompts_run_as_kernels(name, expected, monkeypatch):
+    lowered_to = ops.lowered_to
+    monkeypatch.setattr(ops, "lowered_to", lambda op, _device: lowered_to(op, "cuda"))
+    model = zoo.transformed(zoo.shared(name), "centered", zoo.shared_calibration(name))
+    for site in rotatekv_fx.report(model).sites:
+        assert site.lowered["decode"] == "triton"
+        assert ("prefill" in site.lowered) is expected  # gemma2 caps its scores
