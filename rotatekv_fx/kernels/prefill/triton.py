@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.triton import cos_sin, extend, wave_product
+from rotatekv_fx.kernels.quantize.programs import cos_sin, wave_product
+from rotatekv_fx.kernels.quantize.triton import extend
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _LOG2E = tl.constexpr(1.4426950408889634)

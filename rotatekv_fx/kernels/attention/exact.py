@@ -1,0 +1,85 @@
+"""Decode attention over exact tokens: a tile of sinks, or of the window."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped, split_dot
+
+
+@triton.jit
+def attend_exact(
+    batch, unit, tile, part, newest, earliest,
+    query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+    mask_ptr, mask_stride, mask_offset, mask_columns,
+    scale, softcap, units, ring, out_ptr, weight_ptr,
+    R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Weights and values of one tile of sinks that left the window, or of the window's tokens."""
+    rows, tokens = tl.arange(0, M), tl.arange(0, NE)
+    channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
+    inside = rows < R
+    row = ((batch * units + unit) * R + rows).to(tl.int64)
+    SINK_TILES: tl.constexpr = (SINKS + NE - 1) // NE
+    index = tokens + (tile - SINK_TILES) * NE
+    number = newest - WINDOW + 1 + index
+    seen = (number >= earliest) & (number >= 0) & (index < WINDOW)
+    keys, values, rows_held, slot = recent_keys, recent_values, ring, number % ring
+    if SINKS > 0:  # noqa: SIM102, a constant and a runtime condition
+        if tile < SINK_TILES:
+            index = tokens + tile * NE
+            number = tl.load(sink_tokens + batch.to(tl.int64) * SINKS + index, mask=index < SINKS, other=-1)
+            seen = (number >= earliest) & (number >= 0) & (number <= newest - WINDOW)
+            keys, values, rows_held, slot = sink_keys, sink_values, SINKS, index
+    if MASKED:
+        column = number - mask_offset
+        known = seen & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
+        seen = tl.load(mask_ptr + batch.to(tl.int64) * mask_stride + column, mask=known, other=0) != 0
+    key_words = ()
+    value_words = ()
+    queries = ()
+    for u in tl.static_range(U):
+        head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
+        own = inside & (rows // REPEATS == u)
+        key_words = key_words + (
+            tl.load(
+                keys + head * D + slot[:, None] * D + channel[None, :],
+                mask=seen[:, None] & (channel < D)[None, :], other=0.0,
+            ),
+        )  # fmt: skip
+        value_words = value_words + (
+            tl.load(
+                values + head * DV + slot[None, :] * DV + value_channel[:, None],
+                mask=seen[None, :] & (value_channel < DV)[:, None], other=0.0,
+            ),
+        )  # fmt: skip
+        queries = queries + (
+            tl.load(
+                query_ptr + row[None, :] * D + channel[:, None],
+                mask=own[None, :] & (channel < D)[:, None], other=0.0,
+            ),
+        )  # fmt: skip
+    tl.debug_barrier()  # so that all loads are under way before the first is waited for
+    scores = tl.zeros([NE, M], tl.float32)
+    for u in tl.static_range(U):
+        if query_ptr.dtype.element_ty == recent_keys.dtype.element_ty and not INTERPRETED:
+            scores = tl.dot(key_words[u], queries[u], scores)
+        else:
+            scores = split_dot(key_words[u], queries[u].to(tl.float32), scores)
+    scores = capped(scores * (scale * LOG2E), softcap, SOFTCAP)
+    scores = tl.where(seen[:, None], scores, HIDDEN)
+    highest = tl.maximum(tl.max(scores, 0), LOWEST)
+    weights = tl.exp2(scores - highest[None, :])
+    part = part * R + rows
+    tl.store(weight_ptr + part * 2, highest, mask=inside)
+    tl.store(weight_ptr + part * 2 + 1, tl.sum(weights, 0), mask=inside)
+    for u in tl.static_range(U):
+        own = inside & (rows // REPEATS == u)
+        result = split_dot(value_words[u], weights, tl.zeros([DVP, M], tl.float32))
+        tl.store(
+            out_ptr + part[None, :] * DV + value_channel[:, None], result,
+            mask=own[None, :] & (value_channel < DV)[:, None],
+        )  # fmt: skip

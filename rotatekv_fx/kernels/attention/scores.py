@@ -1,0 +1,30 @@
+"""What the parts of decode attention share: hidden scores, soft-caps, and products of mixed precision."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+HIDDEN = tl.constexpr(-1.0e30)  # score of a hidden token
+LOWEST = tl.constexpr(-5.0e29)  # where the running maximum starts: hidden tokens weigh 2^-5e29 = 0
+
+
+@triton.jit
+def split_dot(a, b, acc):
+    """acc + a @ b for fp32 b and 16-bit a: b as the sum of two 16-bit numbers."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
+        return tl.dot(a.to(tl.float32), b, acc)
+    high = b.to(a.dtype)
+    low = (b - high.to(tl.float32)).to(a.dtype)
+    return tl.dot(a, low, tl.dot(a, high, acc))
+
+
+@triton.jit
+def capped(score, softcap, SOFTCAP: tl.constexpr):
+    """softcap * tanh(score / softcap), in and out in units of log 2."""
+    if SOFTCAP:
+        cap = softcap * LOG2E
+        score = cap * (1.0 - 2.0 / (tl.exp2(score / softcap * 2.0) + 1.0))
+    return score

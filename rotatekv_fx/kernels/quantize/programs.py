@@ -1,0 +1,290 @@
+"""Programs that quantize: rows of a quantization group are gathered, transformed, rounded, packed and stored.
+
+Rows of a tile are sequences in decode, and tokens in a prompt.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_SCALE_MIN = tl.constexpr(6.103515625e-05)  # smallest normal fp16
+_HALF_MAX = tl.constexpr(65504.0)
+_ZERO_MAX = tl.constexpr(32767.0)
+
+
+@triton.jit
+def _round(x):
+    """To the nearest whole number, halves to even."""
+    if _INTERPRETED:
+        return (x + 12582912.0) - 12582912.0  # exact for |x| < 2^22
+    return libdevice.rint(x)
+
+
+@triton.jit
+def cos_sin(angle):
+    """fp32 cosine and sine of a float64 angle, by Taylor series in a half turn around 0."""
+    turns = angle * 0.15915494309189535
+    halves = tl.floor(turns * 2.0 + 0.5)
+    x = ((turns - halves * 0.5) * 6.283185307179586).to(tl.float32)
+    odd = halves - 2.0 * tl.floor(halves * 0.5)
+    sign = 1.0 - 2.0 * odd.to(tl.float32)
+    y = x * x
+    cos = -2.755731922398589e-07 + y * 2.08767569878681e-09
+    cos = 1.0 + y * (-0.5 + y * (0.041666666666666664 + y * (-0.001388888888888889 + y * (
+        2.48015873015873e-05 + y * cos))))  # fmt: skip
+    sin = 2.7557319223985893e-06 - y * 2.505210838544172e-08
+    sin = x * (1.0 + y * (-0.16666666666666666 + y * (0.008333333333333333 + y * (
+        -0.0001984126984126984 + y * sin))))  # fmt: skip
+    return cos * sign, sin * sign
+
+
+@triton.jit
+def _half_scale(scale):
+    """The scale as it is stored, a normal fp16 number, in fp32."""
+    return tl.minimum(tl.maximum(scale, _SCALE_MIN), _HALF_MAX).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _levels(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
+    """Codes [rows, channels] in fp32, scale and offset [rows] of one group (formulas: op `quantize`)."""
+    TOP: tl.constexpr = (1 << BITS) - 1
+    high = tl.max(tl.where(real[None, :], y, -float("inf")), 1)
+    low = tl.min(tl.where(real[None, :], y, float("inf")), 1)
+    mid = (high + low) / 2
+    flat = (high > low) == 0
+    if MIDPOINT:
+        reach = clip * (high - low) / 2
+        scale = _half_scale(tl.div_rn(2.0 * reach, TOP))
+        offset = tl.minimum(tl.maximum(mid - reach, -_HALF_MAX), _HALF_MAX).to(tl.float16).to(tl.float32)
+        codes = _round(tl.div_rn(y - offset[:, None], tl.broadcast_to(scale[:, None], y.shape)))
+    else:
+        scale = _half_scale(tl.div_rn(clip * high - clip * low, TOP))
+        offset = _round(tl.minimum(tl.maximum(tl.div_rn(-clip * low, scale), -1.0e6), 1.0e6))
+        flat = flat | ((tl.abs(offset) <= _ZERO_MAX) == 0)
+        scale = tl.where(flat, _half_scale(tl.abs(mid)), scale)
+        sign = tl.where(mid > 0.5 * scale, 1.0, 0.0) - tl.where(mid < -0.5 * scale, 1.0, 0.0)
+        offset = tl.where(flat, -sign, offset)
+        codes = _round(tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))) + offset[:, None]
+    codes = tl.where(flat[:, None], 0.0, tl.minimum(tl.maximum(codes, 0.0), TOP * 1.0))
+    return codes, scale, offset
+
+
+@triton.jit
+def _store_planes(
+    codes, at, keep, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, BYTES: tl.constexpr
+):
+    """Store codes [ROWS, planes * WIDTH], plane-major, as bytes at `at` [ROWS]: one a column of WIDTH."""
+    PLANES: tl.constexpr = 8 // BITS
+    planes = tl.reshape(codes, [ROWS, PLANES, WIDTH])
+    shifts = (tl.arange(0, PLANES) * BITS)[None, :, None]
+    packed = tl.sum(planes << shifts, 1).to(tl.uint8)
+    byte = tl.arange(0, WIDTH)
+    tl.store(at[:, None] + byte[None, :], packed, mask=keep[:, None] & (byte < BYTES)[None, :])
+
+
+@triton.jit
+def product(x, matrix, y):
+    """y + x @ matrix, for an fp32 matrix."""
+    if x.dtype == tl.float32 or _INTERPRETED:
+        return tl.dot(x.to(tl.float32), matrix, y, input_precision="tf32x3")
+    high = matrix.to(x.dtype)  # and the matrix as the sum of two 16-bit ones
+    low = (matrix - high.to(tl.float32)).to(x.dtype)
+    return tl.dot(x, low, tl.dot(x, high, y))
+
+
+@triton.jit
+def _halves(x):
+    """x as the sum of two fp16 numbers, for |x| below 65504."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def wave_product(x, matrix, y):
+    """y + x @ matrix for fp32 cosines or sines x."""
+    if _INTERPRETED:
+        return tl.dot(x, matrix, y)
+    high, low = _halves(x)
+    matrix_high, matrix_low = _halves(matrix)
+    return tl.dot(high, matrix_high, tl.dot(low, matrix_high, tl.dot(high, matrix_low, y)))
+
+
+@triton.jit
+def _rows_of(
+    head, source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D: tl.constexpr
+):  # fmt: skip
+    """Channels `source` of tokens [rows] of one head, new ones or from the ring: [rows, channels]."""
+    inner = inside[:, None] & (source < D)[None, :]
+    is_new = (number >= start)[:, None]
+    x = tl.load(
+        new_ptr + (head * new_tokens + (number - start))[:, None] * D + source[None, :],
+        mask=inner & is_new, other=0.0,
+    )  # fmt: skip
+    held = tl.load(
+        ring_ptr + (head * ring + number % ring)[:, None] * D + source[None, :],
+        mask=inner & (is_new == 0), other=0.0,
+    )  # fmt: skip
+    if new_ptr.dtype == ring_ptr.dtype:
+        x = tl.where(is_new, x, held)
+    else:
+        x = x.to(tl.float32) + held.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _transformed(
+    unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
+    new_ptr, new_tokens, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
+    units, U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """Keys less their means, times the unit's matrix: `channel` of a group, fp32 [ROWS, channels].
+
+    The matrix comes in steps that fit registers. A single row keeps the sum's terms apart to the end.
+    """
+    STEP: tl.constexpr = 32 if DP > 32 else DP
+    TURNS: tl.constexpr = 32 if PAIRS > 32 else PAIRS
+    UNROLL: tl.constexpr = DP // STEP if ROWS == 1 else 1
+    y = tl.zeros([ROWS, channel.shape[0]], tl.float32)
+    source = tl.arange(0, STEP)
+    matrix_ptr += source[:, None] * WIDTH + channel[None, :]
+    if PAIRS > 0:
+        newest = tl.load(position_ptr + batch * position_stride, mask=row < rows_total, other=0)
+        place = (newest + (row % tokens + 1 - tokens - LAG)).to(tl.float64)[:, None]
+        pair = tl.arange(0, TURNS)
+        mean_ptr += pair[:, None] * WIDTH + channel[None, :]
+        keep = real[None, :] & (pair >= 0)[:, None]
+        terms = tl.zeros([TURNS, channel.shape[0]], tl.float32)
+        for p0 in tl.range(0, PAIRS, TURNS, loop_unroll_factor=UNROLL):
+            by_cos = tl.load(mean_ptr + p0 * WIDTH, mask=keep, other=0.0)
+            by_sin = tl.load(mean_ptr + (p0 + PAIRS) * WIDTH, mask=keep, other=0.0)
+            cos, sin = cos_sin(place * tl.load(angle_ptr + p0 + pair)[None, :])
+            if ROWS == 1:
+                terms += tl.trans(cos) * by_cos + tl.trans(sin) * by_sin
+            else:
+                y = wave_product(-sin, by_sin, wave_product(-cos, by_cos, y))
+        if ROWS == 1:
+            y -= tl.sum(terms, 0)[None, :]
+    for u in tl.static_range(U):
+        head = batch * (units * U) + unit * U + u
+        terms = tl.zeros([STEP, channel.shape[0]], tl.float32)
+        for c0 in tl.range(0, DP, STEP, loop_unroll_factor=UNROLL):
+            matrix = tl.load(
+                matrix_ptr + (u * D + c0) * WIDTH, mask=(c0 + source < D)[:, None] & real[None, :], other=0.0
+            )
+            x = _rows_of(head, c0 + source, number, start, inside, new_ptr, new_tokens, ring_ptr, ring, D)
+            if ROWS == 1:
+                terms += tl.trans(x.to(tl.float32)) * matrix
+            else:
+                y = product(x, matrix, y)
+        if ROWS == 1:
+            y += tl.sum(terms, 0)[None, :]
+    return y
+
+
+@triton.jit
+def _quantize_group(
+    unit, group, block, tokens, rows_total, first, start, newest_sinks_ptr,
+    new_ptr, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
+    codes_ptr, scale_ptr, offset_ptr, capacity, clip, units, new_tokens,
+    U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
+    SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
+    WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """Rows of one quantization group: gather, transform, quantize, pack, store."""
+    PBITS: tl.constexpr = 2 if BITS == 3 else BITS
+    PLANES: tl.constexpr = 8 // PBITS
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside = row < rows_total
+    batch, number = (row // tokens).to(tl.int64), first + row % tokens
+    inside = inside & (number >= 0)
+    if not WRAPS:
+        inside = inside & (number < capacity)
+    column = tl.arange(0, PLANES * WIDTH)
+    real = column % WIDTH < GROUP // PLANES
+    channel = column // WIDTH * (GROUP // PLANES) + column % WIDTH  # within the group
+    if MARK and SINKS > 0:
+        sink = tl.arange(0, SINKS_PADDED)
+        marked = tl.load(
+            newest_sinks_ptr + batch[:, None] * SINKS + sink[None, :],
+            mask=(row < rows_total)[:, None] & (sink < SINKS)[None, :], other=-1,
+        )  # fmt: skip
+    if TRANSFORM:
+        turned_group = tl.cast(unit * U * D, tl.int64) * (GROUPS * GROUP) + group * GROUP
+        y = _transformed(
+            unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
+            new_ptr, new_tokens, ring_ptr, ring, matrix_ptr + turned_group,
+            mean_ptr + tl.cast(unit * 2 * PAIRS, tl.int64) * (GROUPS * GROUP) + group * GROUP,
+            angle_ptr, position_ptr, position_stride, units, U, D, DP, GROUPS * GROUP, ROWS, PAIRS, LAG,
+        )  # fmt: skip
+    else:
+        flat = group * GROUP + channel
+        head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
+        inner = inside[:, None] & real[None, :]
+        is_new = number >= start
+        y = tl.load(
+            new_ptr + (head * new_tokens + (number - start)[:, None]) * D + (flat % D)[None, :],
+            mask=inner & is_new[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        y += tl.load(
+            ring_ptr + (head * ring + (number % ring)[:, None]) * D + (flat % D)[None, :],
+            mask=inner & (is_new == 0)[:, None], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+    codes, scale, offset = _levels(y, real, BITS, clip, MIDPOINT)
+    codes = tl.where(real[None, :], codes, 0.0).to(tl.int32)
+    slot = number
+    if WRAPS:
+        slot = number % capacity
+    at = (batch * (units * GROUPS) + unit * GROUPS + group) * capacity + slot
+    if BITS == 3:
+        low: tl.constexpr = GROUP // 4
+        _store_planes(codes & 3, codes_ptr + at * BYTES, inside, ROWS, WIDTH, 2, low)
+        _store_planes(codes >> 2, codes_ptr + at * BYTES + low, inside, ROWS, WIDTH // 2, 1, GROUP // 8)
+    else:
+        _store_planes(codes, codes_ptr + at * BYTES, inside, ROWS, WIDTH, BITS, BYTES)
+    if MARK and SINKS > 0:
+        # a sink is read from its exact form: the negative scale hides its codes
+        chosen = tl.max((marked == number[:, None]).to(tl.int32), 1) > 0
+        scale = tl.where(chosen, -scale, scale)
+    tl.store(scale_ptr + at, scale.to(tl.float16), mask=inside)
+    tl.store(offset_ptr + at, offset.to(offset_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def quantize_program(
+    program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
+    new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
+    key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+    key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
+    key_clip, value_clip, units,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
+    KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
+    PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
+    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Key programs, then value programs: `tokens` of each sequence become codes, the last of them LAG tokens
+    before the newest.
+    """
+    first = start + new_tokens - LAG - tokens
+    if program < key_programs:
+        _quantize_group(
+            program // row_blocks // KG, program // row_blocks % KG, program % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
+            new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
+            MIDPOINT, True, WRAPS, True, LAG,
+        )  # fmt: skip
+    else:
+        index = program - key_programs
+        _quantize_group(
+            index // row_blocks // VG, index // row_blocks % VG, index % row_blocks, tokens, rows_total,
+            first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
+            position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
+            units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
+            MIDPOINT, False, WRAPS, False, LAG,
+        )  # fmt: skip
