@@ -17,6 +17,12 @@ CASES = {
     "dim 64, heads share a group": {"length": 80, "dim": 64, "query_heads": 8},
     "3 and 4 bits": {"length": 80, "bits": (3, 4)},
     "heads mixed": {"length": 80, "head_group": 2},
+    "zero points": {"length": 80, "scheme": "zero_point", "pairs": 0},
+    "dim 96": {"length": 80, "dim": 96, "heads": 4, "query_heads": 8},
+    "dim 256": {"length": 80, "dim": 256, "query_heads": 4},
+    "group 32": {"length": 80, "group": 32},
+    "half": {"length": 80, "dtype": torch.float16},
+    "single": {"length": 80, "dtype": torch.float32},
 }
 
 
