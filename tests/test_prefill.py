@@ -9,6 +9,7 @@ from zoo import one_thread  # noqa: F401
 import rotatekv_fx
 from rotatekv_fx import ops
 from rotatekv_fx.cache import runtime
+from rotatekv_fx.cache.kinds import PackedStaticLayer
 from rotatekv_fx.cache.layers import PackedLayer
 
 SETTINGS = {
@@ -85,3 +86,22 @@ def test_the_report_says_where_prompts_run_as_kernels(name, expected, monkeypatc
     for site in rotatekv_fx.report(model).sites:
         assert site.lowered["decode"] == "triton"
         assert ("prefill" in site.lowered) is expected  # gemma2 caps its scores
+
+
+def test_the_first_chunk_asks_no_device_how_long_the_cache_is(monkeypatch):
+    monkeypatch.setattr(runtime, "has_prefill_kernel", lambda query: True)
+    asked, original = [], torch.Tensor.__int__
+
+    def counted(tensor):
+        if any(tensor is getattr(layer, "cumulative_length", None) for layer in cache.layers):
+            asked.append(tensor)
+        return original(tensor)
+
+    model = zoo.packed("llama", "centered", window=8)
+    cache, sequences = static(model), Sequences.prompt(padding=(0, 0, 0))
+    monkeypatch.setattr(PackedStaticLayer, "_check_fits", lambda self, count: None)  # asks on a CPU only
+    monkeypatch.setattr(torch.Tensor, "__int__", counted)
+    run(model, sequences, cache, 0, 20)
+    assert not asked
+    run(model, sequences, cache, 20, 24)
+    assert len(asked) == len(cache.layers)

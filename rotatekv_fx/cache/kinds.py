@@ -190,7 +190,8 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
     def lazy_initialization(self, key: Tensor, value: Tensor) -> None:
         PackedLayer.lazy_initialization(self, key, value)
-        self.cumulative_length = self.cumulative_length.to(self.device)
+        # a copy of the host's zero would wait for the device
+        self.cumulative_length = torch.zeros_like(self.cumulative_length, device=self.device)
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
 
@@ -210,7 +211,7 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
     def _known_start(self) -> int | None:
         if not self.is_initialized:
             return 0
-        # one synchronisation a layer and prompt, outside of compiled code
+        # one synchronisation a layer and chunk after the first, outside of compiled code
         return None if torch.compiler.is_compiling() else int(self.cumulative_length)
 
     def _advance(self, count: int) -> None:

@@ -251,17 +251,20 @@ class PackedLayer:
         self._advance(1)
         return out
 
-    def prefills(self, query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-        """Whether `prefill` can attend to this layer: several tokens, causal, and a window that is whole."""
-        start = self._known_start()
-        if query.shape[2] == 1 or self.is_sliding or start is None:
-            return False
+    def prefill_start(self, query: Tensor, value: Tensor, mask: Tensor | None) -> int | None:
+        """Number of the first new token, where `prefill` can attend to this layer: several tokens, causal, and a
+        window that is whole.
+        """
+        if query.shape[2] == 1 or self.is_sliding:
+            return None
         if value.shape[3] != query.shape[3] or query.shape[3] > _MOST_CHANNELS:
-            return False
+            return None
+        start = self._known_start()
         coded = self._coded() if self.is_initialized else None
-        if coded is not None and coded != max(0, start - self.window):
-            return False
-        return mask is None or (mask.dtype is torch.bool and _is_causal(mask, start))
+        if start is None or (coded is not None and coded != max(0, start - self.window)):
+            return None
+        causal = mask is None or (mask.dtype is torch.bool and _is_causal(mask, start))
+        return start if causal else None
 
     def _known_start(self) -> int | None:
         """Number of the next token, where the host knows it."""
@@ -275,6 +278,7 @@ class PackedLayer:
         positions: Parts,
         residual: Tensor | None,
         key_map: list[Tensor],
+        start: int,
         scale: float,
     ) -> Tensor:
         """Store several new tokens and attend to the layer causally: the op `prefill`.
@@ -282,6 +286,7 @@ class PackedLayer:
         Args:
             query: [B, Hq, S, D], after RoPE.
             residual: the block's input [B, S, C] while sinks are chosen, else None.
+            start: of `prefill_start`.
             others: as in `decode`.
 
         Returns:
@@ -291,7 +296,6 @@ class PackedLayer:
         self._check_fits(count)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-        start = self._known_start()
         if self.spec.window:  # codes must not depend on when a token is quantized
             key, value = (as_exact(x, self.spec.exact_dtype).to(x.dtype) for x in (key, value))
         if self.owner is self:

@@ -120,8 +120,10 @@ class AttentionRuntime(nn.Module):
         if self.key_map and layer.decodes(query, mask):
             return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
         plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
-        if self.key_map and plain and has_prefill_kernel(query) and layer.prefills(query, value, mask):
-            return layer.prefill(query, key, value, stored, residual, self.key_map, scale)
+        if self.key_map and plain and has_prefill_kernel(query):
+            start = layer.prefill_start(query, value, mask)
+            if start is not None:
+                return layer.prefill(query, key, value, stored, residual, self.key_map, start, scale)
         step = layer.step(key, value, stored, residual, mask, self)
         return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
 
