@@ -252,8 +252,8 @@ class PackedLayer:
         return out
 
     def prefill_start(self, query: Tensor, value: Tensor, mask: Tensor | None) -> int | None:
-        """Number of the first new token, where `prefill` can attend to this layer: several tokens, causal, and a
-        window that is whole.
+        """Number of the first new token, where `prefill` can attend to this layer: several tokens, causal,
+        and a window that is whole.
         """
         if query.shape[2] == 1 or self.is_sliding:
             return None
