@@ -327,8 +327,8 @@ def test_the_mean_follows_from_features(name):
     center = runtime.key_center.float()[None, :, None].expand(-1, -1, 4, -1)
     expected = runtime.rope(center, *rows)
     features = mean.features(ids)
-    assert features.shape[1] <= runtime.rope.dim + 1
-    found = features.transpose(1, 2)[:, None] @ mean.spread
+    assert features.shape[2] <= runtime.rope.dim + 1
+    found = features[:, None] @ mean.spread
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -45,7 +45,7 @@ def many(form: Form, t: State) -> tuple[Tensor, ...]:
 
     Args:
         t: as `state.put_in` and `state.seen_columns` take it; query [B, Hq, S, D]; and, where the layer has
-            them, inverse (of the keys' rotation), features [B, 1, F, C] with spread [Hkv, F, D] (of the
+            them, inverse (of the keys' rotation), features [B, 1, C, F] with spread [Hkv, F, D] (of the
             mean), and sink_logits [Hq].
 
     Returns:
@@ -81,7 +81,7 @@ def unpacked(spec: LayerSpec, t: State) -> tuple[Tensor, ...]:
             x = regroup(x, t["inverse"].shape[-1]) @ t["inverse"]
         x = regroup(x, exact.shape[3])
         if side == "key" and "spread" in t:
-            x = x + t["features"].transpose(2, 3) @ t["spread"]
+            x = x + t["features"] @ t["spread"]
         sides.append(torch.cat([x, exact], 2))
     return *ordered(spec, new), seen_columns(spec, t), *sides
 
@@ -109,7 +109,7 @@ def single(form: Form, t: State) -> tuple[Tensor, ...]:
     coded = coded.reshape(batch, 1, heads, -1)
     if "spread" in t:
         of_mean = (rows @ t["spread"].transpose(1, 2)).reshape(batch, 1, heads, -1)
-        coded = coded + of_mean @ t["features"]
+        coded = coded + of_mean @ t["features"].transpose(2, 3)
     keys, values = read["exact_keys"], read["exact_values"]
     scores = torch.cat([coded, (rows @ keys.transpose(2, 3)).reshape(batch, 1, heads, -1)], 3)
     if form.softcap:

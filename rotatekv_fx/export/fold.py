@@ -8,9 +8,11 @@ with a row of cosines and sines at n, which all heads and layers share.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rotatekv_fx.cache import PositionPlan
 from rotatekv_fx.cache.codec import Codec
@@ -95,19 +97,31 @@ class Mean(nn.Module):
         self.register_buffer("spread", mean.transpose(1, 2).float().contiguous(), persistent=False)
 
     def features(self, ids: Tensor) -> Tensor:
-        """Position ids [B, N] -> [B, F, N]."""
+        """Position ids [B, N] -> [B, N, F]."""
         pieces, first = [], 0
         for entries in self._entries(ids):
             kept = [place - first for place in self.kept if 0 <= place - first < entries.shape[-1]]
-            if kept:
-                pieces.append(entries.transpose(1, 2).index_select(1, torch.tensor(kept)))
+            if len(kept) == entries.shape[-1]:
+                pieces.append(entries)
+            elif kept:
+                pieces.append(entries.index_select(2, torch.tensor(kept)))
             first += entries.shape[-1]
-        return torch.cat(pieces, 1)
+        return torch.cat(pieces, 2)
 
     def _entries(self, ids: Tensor) -> list[Tensor]:
-        """The positional inputs of tokens, and a one: [B, N, any] each."""
-        rows = () if self.positions is None else self.positions.decode((ids.int()[:, None, :, None],))
+        """The positional inputs of tokens, without repetition, and a one: [B, N, any] each."""
+        with _Once():
+            rows = () if self.positions is None else self.positions.decode((ids.int()[:, None, :, None],))
         return [*(row.float() for row in rows), torch.ones(*ids.shape, 1, device=ids.device)]
+
+
+class _Once(TorchFunctionMode):
+    """Leaves out a tensor's second copy where a RoPE puts it beside the first: half the cosines and sines."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat and len(args[0]) == 2 and args[0][0] is args[0][1]:
+            return args[0][0]
+        return func(*args, **(kwargs or {}))
 
 
 def _place(entries: Tensor, column: Tensor) -> tuple[int, float]:

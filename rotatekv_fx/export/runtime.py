@@ -321,7 +321,7 @@ class ExportRuntime(nn.Module):
         return made
 
     def _features(self, step: Step, numbers: Tensor, state: State) -> tuple[Tensor, Tensor]:
-        """Features [B, 1, F, C] of the position term of tokens `numbers`, and [B, 1, L, F] of those that
+        """Features [B, 1, C, F] of the position term of tokens `numbers`, and [B, 1, L, F] of those that
         become codes; layers of a kind share them.
         """
         memo = step.memo[self.sliding]
@@ -331,7 +331,7 @@ class ExportRuntime(nn.Module):
             history = next(iter(state.values())).shape[0]
             leaving = step.leaving.shape[0] if self.spec.window else step.new
             new = torch.arange(leaving, device=numbers.device) + history
-            memo[name], memo[f"new {name}"] = features, features.index_select(3, new).transpose(2, 3)
+            memo[name], memo[f"new {name}"] = features, features.index_select(2, new)
         return memo[name], memo[f"new {name}"]
 
     def _rows(self, step: Step, numbers: State, tensors: State) -> tuple[Tensor, ...]:
