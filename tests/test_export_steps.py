@@ -27,8 +27,10 @@ def stored(layer, name, count):
     if not layer.history.parts:
         return torch.empty(0), torch.empty(0, dtype=torch.int64)
     parts = layer.history.parts[side == "value"]
-    tensor = parts[("codes", "scale", "offset").index(part)][:, :, : len(layer.history)]
-    return (tensor.abs() if part == "scale" else tensor).movedim(2, 0), layer.history.columns("cpu")
+    numbers = layer.history.columns("cpu")
+    held = (numbers >= 0) & (numbers >= count - (layer.sliding_window if layer.is_sliding else count))
+    tensor = parts[("codes", "scale", "offset").index(part)][:, :, : len(layer.history)][:, :, held]
+    return (tensor.abs() if part == "scale" else tensor).movedim(2, 0), numbers[held]
 
 
 def force(cache, packed):

@@ -1,9 +1,10 @@
 """Packed codes as numbers, and products with them that never unpack them one by one.
 
-A byte x holds `8 / width` digits. With f_i = floor(x / 2^(width i)), digit i is f_i - 2^width f_(i+1), so a
-product with digits is a sum of products with f_0, f_1, ...: one rounding a byte and plane, where unpacking
-takes several operations a digit. Which channel a digit belongs to: the byte layout at the op `quantize`
-(`rotatekv_fx.ops`).
+A byte x holds n = `8 / width` digits. Shifted left by i digits it keeps its lowest n - i, as g_i = 2^(width
+i) x modulo 256. With r_i = g_i / 2^(width i), digit n - 1 - i is (r_i - r_(i+1)) / 2^(width (n - 1 - i)),
+so a product with digits is a sum of products with g_0, g_1, ...: one multiplication of bytes a plane, where
+unpacking takes several operations a digit. Which channel a digit belongs to: the byte layout at the op
+`quantize` (`rotatekv_fx.ops`).
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ def _key_plane(weight: Tensor, codes: Tensor, width: int) -> Tensor:
     digits, count, x = 8 // width, codes.shape[2], codes.float()
     if digits == 1:
         return weight @ x
-    parts = _of_floors(digits, width, codes.device).T.contiguous() @ weight.unflatten(3, (digits, count))
+    parts = _of_shifted(digits, width, codes.device).T.contiguous() @ weight.unflatten(3, (digits, count))
     first, others = parts.flatten(3).split([count, (digits - 1) * count], 3)
-    return first @ x + others @ _floors(x, width).flatten(2, 3)
+    return first @ x + others @ _shifted(codes, width).flatten(2, 3)
 
 
 def value_products(probability: Tensor, codes: Tensor, bits: int, group: int) -> Tensor:
@@ -115,18 +116,18 @@ def _value_plane(probability: Tensor, codes: Tensor, width: int) -> Tensor:
     first = probability @ x.transpose(2, 3)
     if digits == 1:
         return first
-    sums = torch.cat([first, probability @ _floors(x, width).flatten(2, 3).transpose(2, 3)], 3)
-    return (_of_floors(digits, width, codes.device) @ sums.unflatten(3, (digits, count))).flatten(3)
+    sums = torch.cat([first, probability @ _shifted(codes, width).flatten(2, 3).transpose(2, 3)], 3)
+    return (_of_shifted(digits, width, codes.device) @ sums.unflatten(3, (digits, count))).flatten(3)
 
 
-def _floors(x: Tensor, width: int) -> Tensor:
-    """f_1, f_2, ... of bytes [B, Ng, bytes, N]: [B, Ng, digits - 1, bytes, N]."""
-    scales = torch.tensor([2.0 ** (-width * i) for i in range(1, 8 // width)], device=x.device)
-    # a cast to whole numbers is the floor of a positive number, and faster
-    return (x[:, :, None] * scales[:, None, None]).to(torch.uint8).float()
+def _shifted(codes: Tensor, width: int) -> Tensor:
+    """g_1, g_2, ... of bytes [B, Ng, bytes, N]: fp32 [B, Ng, digits - 1, bytes, N]."""
+    scales = torch.tensor([2 ** (width * i) for i in range(1, 8 // width)], device=codes.device)
+    return (codes[:, :, None] * scales.to(torch.uint8)[:, None, None]).float()
 
 
-def _of_floors(digits: int, width: int, device: torch.device) -> Tensor:
-    """[digits, digits]: digits from f_0, f_1, ..."""
+def _of_shifted(digits: int, width: int, device: torch.device) -> Tensor:
+    """[digits, digits]: digits from g_0, g_1, ..."""
+    scales = 2.0 ** (-width * torch.arange(digits, device=device))
     one = torch.eye(digits, device=device)
-    return one - 2.0**width * one.roll(1, 1).triu(1)
+    return scales[:, None] * (one - one.roll(1, 0).tril(-1)).flip(1) * scales
