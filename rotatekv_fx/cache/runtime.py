@@ -117,10 +117,10 @@ class AttentionRuntime(nn.Module):
         """
         residual = self._received(key, value, residual)
         layer, stored = self.layer(cache), self.positions.encode(positions)
-        if self.key_map and layer.decodes(query, mask):
+        if self.decodes and layer.decodes(query, mask):
             return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
         plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
-        if self.key_map and plain and has_prefill_kernel(query):
+        if self.decodes and plain and has_prefill_kernel(query):
             start = layer.prefill_start(query, value, mask)
             if start is not None:
                 return layer.prefill(query, key, value, stored, residual, self.key_map, start, scale)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped, split_dot
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped
+from rotatekv_fx.kernels.quantize.programs import product
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def attend_exact(
         if query_ptr.dtype.element_ty == recent_keys.dtype.element_ty and not INTERPRETED:
             scores = tl.dot(key_words[u], queries[u], scores)
         else:
-            scores = split_dot(key_words[u], queries[u].to(tl.float32), scores)
+            scores = product(key_words[u], queries[u].to(tl.float32), scores)
     scores = capped(scores * (scale * LOG2E), softcap, SOFTCAP)
     scores = tl.where(seen[:, None], scores, HIDDEN)
     highest = tl.maximum(tl.max(scores, 0), LOWEST)
@@ -78,7 +79,7 @@ def attend_exact(
     tl.store(weight_ptr + part * 2 + 1, tl.sum(weights, 0), mask=inside)
     for u in tl.static_range(U):
         own = inside & (rows // REPEATS == u)
-        result = split_dot(value_words[u], weights, tl.zeros([DVP, M], tl.float32))
+        result = product(value_words[u], weights, tl.zeros([DVP, M], tl.float32))
         tl.store(
             out_ptr + part[None, :] * DV + value_channel[:, None], result,
             mask=own[None, :] & (value_channel < DV)[:, None],

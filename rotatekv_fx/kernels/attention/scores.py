@@ -1,4 +1,4 @@
-"""What the parts of decode attention share: hidden scores, soft-caps, and products of mixed precision."""
+"""What the parts of decode attention share: hidden scores and soft-caps."""
 
 from __future__ import annotations
 
@@ -9,16 +9,6 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e30)  # score of a hidden token
 LOWEST = tl.constexpr(-5.0e29)  # where the running maximum starts: hidden tokens weigh 2^-5e29 = 0
-
-
-@triton.jit
-def split_dot(a, b, acc):
-    """acc + a @ b for fp32 b and 16-bit a: b as the sum of two 16-bit numbers."""
-    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16
-        return tl.dot(a.to(tl.float32), b, acc)
-    high = b.to(a.dtype)
-    low = (b - high.to(tl.float32)).to(a.dtype)
-    return tl.dot(a, low, tl.dot(a, high, acc))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.programs import cos_sin, wave_product
+from rotatekv_fx.kernels.quantize.programs import cos_sin, product, wave_product
 from rotatekv_fx.kernels.quantize.triton import extend
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -50,16 +50,6 @@ def _dequantized(codes, scale, offset, MIDPOINT: tl.constexpr):
     return scale * (codes - offset)
 
 
-@triton.jit
-def _exact_product(x, matrix, y):
-    """y + x @ matrix, for x that fp16 holds exactly and an fp32 matrix: it is the sum of two fp16 ones."""
-    if _INTERPRETED:
-        return tl.dot(x.to(tl.float32), matrix, y)
-    high = matrix.to(tl.float16)
-    low = (matrix - high.to(tl.float32)).to(tl.float16)
-    return tl.dot(x, low, tl.dot(x, high, y))
-
-
 @triton.jit(do_not_specialize=["length", "capacity", "rows"])
 def restore_kernel(
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
@@ -93,7 +83,7 @@ def restore_kernel(
         )  # fmt: skip
         scale = tl.abs(tl.load(key_scale + at, mask=inside, other=0.0).to(tl.float32))[:, None]
         offset = tl.load(key_offset + at, mask=inside, other=0).to(tl.float32)[:, None]
-        sums = _exact_product(codes.to(tl.float16), weights, tl.zeros([N, COLUMNS], tl.float32))
+        sums = product(codes.to(tl.float16), weights, tl.zeros([N, COLUMNS], tl.float32))
         keys += _dequantized(sums, scale, offset * tl.sum(weights, 0)[None, :], MIDPOINT)
     if PAIRS > 0:
         pair = tl.arange(0, PAIRS)
