@@ -152,8 +152,6 @@ class PackedSlidingLayer(PackedDynamicLayer, DynamicSlidingWindowLayer):
             self.positions.store.limit = limit
 
     def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
-        if self.rings:  # their rows are the batch's from the start
-            positions = tuple(p.expand(self.batch_size, *p.shape[1:]) for p in positions)
         super()._begin_positions(positions, start)
         self._limit()
 
@@ -216,11 +214,6 @@ class PackedStaticLayer(PackedLayer, StaticLayer):
 
     def _advance(self, count: int) -> None:
         self.cumulative_length.add_(count)
-
-    def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
-        """Every row gets the keys' batch, so that fixed buffers can take any later step's."""
-        batched = tuple(p.expand(self.batch_size, *p.shape[1:]) for p in positions)
-        super()._begin_positions(batched, start)
 
     def _check_fits(self, count: int) -> None:
         """Raise where `count` new tokens have no room.

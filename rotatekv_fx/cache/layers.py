@@ -241,11 +241,11 @@ class PackedLayer:
         if self.owner is self:
             self._begin_positions(positions, start)
         self.prompt_open = False
-        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
         self._make_room(key, value)
         out = ops.decode(
-            query, key, value, *self._held(key_map, place, start), None if mask is None else mask[:, 0, 0],
-            offset, self._capacity() if self.is_sliding else 0, scale, softcap, sink_logits,
+            query, key, value, *self._held(key_map, positions, start),
+            None if mask is None else mask[:, 0, 0], offset,
+            self._capacity() if self.is_sliding else 0, scale, softcap, sink_logits,
         )  # fmt: skip
         self._stored(1)
         self._advance(1)
@@ -303,15 +303,18 @@ class PackedLayer:
         if self.spec.sinks:
             self._choose_sinks(key, value, residual, None, start)
             self._hide_sinks()
-        place = positions[0].flatten(1)[:, -1:] if positions else query.new_zeros((1, 1), dtype=torch.int32)
         self._make_room(key, value)
-        out = ops.prefill(query, key, value, *self._held(key_map, place, start), scale)
+        out = ops.prefill(query, key, value, *self._held(key_map, positions, start), scale)
         self._stored(count)
         self._advance(count)
         return out
 
-    def _held(self, key_map: list[Tensor], place: Tensor, start: Tensor | int) -> tuple[object, ...]:
+    def _held(self, key_map: list[Tensor], positions: Parts, start: Tensor | int) -> tuple[object, ...]:
         """The ops' arguments from `history` to `wraps`, for new tokens of which `start` is the first."""
+        if positions:
+            place = positions[0].flatten(1)[:, -1:]
+        else:
+            place = torch.zeros((1, 1), dtype=torch.int32, device=self.device)
         k, v = self.spec.key.quantizer, self.spec.value.quantizer
         counted = isinstance(start, Tensor)
         return (
@@ -350,6 +353,10 @@ class PackedLayer:
     def _begin_positions(self, positions: Parts, start: Tensor | int) -> None:
         if not positions:
             return
+        if isinstance(
+            self.history, RingStore
+        ):  # every row gets the keys' batch: buffers take any later step's
+            positions = tuple(p.expand(self.batch_size, *p.shape[1:]) for p in positions)
         if self.positions is None:
             store = self._store(tuple(as_it_is(p) for p in positions), self._capacity())
             store.allocate(positions)
