@@ -75,6 +75,9 @@ def test_a_model_that_accelerate_dispatched(recipe):
     expected = logits(model)
     packed = transformed(model, recipe)
     wanted = zoo.packed("llama", recipe, **SETTINGS[recipe])
+    ids, _ = zoo.prompt()
+    unmasked = [m(ids, use_cache=False).logits for m in (packed, wanted)]  # the attention's mask is None
+    torch.testing.assert_close(*unmasked, rtol=0, atol=2e-5)
     counts, expected_counts = (
         [site.passes["insert_rotation"] for site in rk.report(m).sites] for m in (packed, wanted)
     )

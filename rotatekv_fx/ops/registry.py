@@ -42,8 +42,19 @@ def lowered_to(op_name: str, device_type: str) -> str:
 def implementation(op_name: str, device_type: str) -> Callable[..., Any]:
     if lowered_to(op_name, device_type) == "reference":
         return REFERENCES[op_name]
-    module, _, function = TRITON_KERNELS[op_name].partition(":")
-    return _gathering(getattr(importlib.import_module(module), function), _GATHERERS.get(op_name))
+    module, _, name = TRITON_KERNELS[op_name].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    return _on_the_device(_gathering(function, _GATHERERS.get(op_name)))
+
+
+def _on_the_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which is not that of the tensors in a model on several GPUs."""
+
+    def run(*args: Any) -> Any:
+        with torch.cuda.device(args[0].device):
+            return function(*args)
+
+    return run
 
 
 def _gathering(

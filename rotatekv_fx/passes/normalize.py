@@ -3,6 +3,7 @@
     matmul(x, t(W))                     ->  linear(x, W)
     sdpa(q, k_cached, v_cached, mask)   ->  transpose(attention(q, k_cached, v_cached, mask))
     dropout(x, p, train=False)          ->  x
+    to(x, the device of x)              ->  x
     view(x, size)                       ->  reshape(x, size)
     sym_size(cos, 1)                    ->  sym_size(hidden_states, 1)
 
@@ -59,14 +60,26 @@ def _remove_without_effect(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.target in _NO_EFFECT and not node.users:
             graph.erase_node(node)
-        elif node.target in _IDENTITY or (
-            node.target is aten.dropout.default and not (node.args[1] and node.args[2])
+        elif (
+            node.target in _IDENTITY
+            or (node.target is aten.dropout.default and not (node.args[1] and node.args[2]))
+            or _moves_nothing(node)
         ):
             _replace(node, node.args[0])
         else:
             continue
         removed += 1
     return removed
+
+
+def _moves_nothing(node: fx.Node) -> bool:
+    """Whether this takes a tensor to where it is, as the hooks of accelerate do with every input; an input
+    may be None in other calls.
+    """
+    if node.target is not aten.to.dtype_layout:
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)
 
 
 def _transposed(node: Any) -> Any:

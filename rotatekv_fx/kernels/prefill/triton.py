@@ -58,11 +58,11 @@ def restore_kernel(
     VGROUP: tl.constexpr, KBYTES: tl.constexpr, VBYTES: tl.constexpr, KBITS: tl.constexpr,
     VBITS: tl.constexpr, PAIRS: tl.constexpr, MIDPOINT: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of N tokens, B * Hkv, tiles of COLUMNS channels): keys and values [B, Hkv, rows, D] of the
+    """Grid (B * Hkv, tiles of N tokens, tiles of COLUMNS channels): keys and values [B, Hkv, rows, D] of the
     first `length` tokens.
     """
-    number = (tl.program_id(0) * N + tl.arange(0, N)).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    number = (tl.program_id(1) * N + tl.arange(0, N)).to(tl.int64)
+    head = tl.program_id(0).to(tl.int64)
     batch, within = head // heads, head % heads
     inside = number < length
     WIDTH: tl.constexpr = KG * KGROUP + 2 * PAIRS
@@ -120,13 +120,13 @@ def band_kernel(
     REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
     WINDOW: tl.constexpr, FAR: tl.constexpr, NEAR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ROWS queries, B * Hq): the window's exact tokens, and up to two parts already attended.
+    """Grid (B * Hq, tiles of ROWS queries): the window's exact tokens, and up to two parts already attended.
 
     key, value [B, Hkv, held, D]: the window before the first new token, if there is one, and the new tokens.
     far, near [B, Hq, tokens - skip, DV] with natural log-sum-exps: parts that queries from `skip` on have.
     Strides are those of sequences, heads and tokens.
     """
-    tile, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile, head = tl.program_id(1), tl.program_id(0).to(tl.int64)
     batch, own_head = head // heads, head % heads
     row = tile * ROWS + tl.arange(0, ROWS)
     channel, value_channel, block = tl.arange(0, DP), tl.arange(0, DVP), tl.arange(0, BLOCK)
@@ -228,7 +228,7 @@ def prefill(query: Tensor, key: Tensor, value: Tensor, held: Held, scale: float)
         parts.append((*_attention(*rest, True, scale), skip))
     out = query.new_empty((batch, new, query_heads, value_dim))
     far, near = [(x, x.stride()[:3], lse, skip) for x, lse, skip in [*parts, *[(query, query, 0)] * 2][:2]]
-    band_kernel[(triton.cdiv(new, _ROWS), batch * query_heads)](
+    band_kernel[(batch * query_heads, triton.cdiv(new, _ROWS))](
         query, query.stride()[:3], exact_keys, exact_values, *far, *near, out, new, exact_keys.shape[2],
         query_heads, scale,
         REPEATS=query_heads // heads, D=dim, DP=triton.next_power_of_2(dim), DV=value_dim,
@@ -245,7 +245,7 @@ def _restored(held: Held, shift: Tensor, length: int, key: Tensor, value: Tensor
     value_dim, rows = value.shape[3], length + 1  # the last row takes what has no place
     keys, values = key.new_empty((batch, heads, rows, dim)), value.new_empty((batch, heads, rows, value_dim))
     shift = shift.contiguous()
-    tiles = triton.cdiv(length, _TOKENS), batch * heads, triton.cdiv(max(dim, value_dim), _COLUMNS)
+    tiles = batch * heads, triton.cdiv(length, _TOKENS), triton.cdiv(max(dim, value_dim), _COLUMNS)
     restore_kernel[tiles](
         *held.history, held.capacity, *held.key_map[2:4], shift, 0 if shift.shape[0] == 1 else 1,
         keys, values, length, rows, heads, held.units,
