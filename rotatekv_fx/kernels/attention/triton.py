@@ -185,7 +185,8 @@ def decode(
     value_dim = value.shape[3]
     query, key, value = (x.contiguous() for x in (query, key, value))
     mask = None if mask is None else mask.contiguous()
-    history, sinks, position, window = held.history, held.sinks, held.position, held.window
+    history, sinks, window = held.history, held.sinks, held.window
+    position = held.position.contiguous()
     counter = position if held.count is None else held.count
     _, _, rotation, angles, table = held.key_map
     width = rotation.shape[2]

@@ -169,7 +169,7 @@ def quantizing(key: Tensor, value: Tensor, held: Held) -> Quantizing:
     batch, _, new, dim = key.shape
     value_dim, capacity = value.shape[3], held.capacity
     key_groups, value_groups = held.unit_groups(key, value)
-    history, sinks, position = held.history, held.sinks, held.position
+    history, sinks, position = held.history, held.sinks, held.position.contiguous()
     tokens = min(new, capacity)
     rows = tuning.row_block(batch * tokens, 1)
     if key.dtype is torch.float32:
