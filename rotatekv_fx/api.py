@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from rotatekv_fx import ops, recipes, saving
 from rotatekv_fx.binding import SUPPORTED_ATTENTION, Binding, Original, bind, unbind
-from rotatekv_fx.cache import AttentionRuntime, LayerSpec, PositionPlan, key_map, plan_positions
+from rotatekv_fx.cache import (
+    AttentionRuntime,
+    LayerSpec,
+    PositionPlan,
+    ReadKeys,
+    key_map,
+    key_map_before_rope,
+    plan_positions,
+)
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype, model_fingerprint
 from rotatekv_fx.capture import Capture, capture
@@ -350,9 +358,14 @@ def _rewrite(
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
     transforms_after_rope = not plan.before_rope and plan.key is not None
-    rope = Rope(site).to(site.device) if transforms_after_rope else None
+    rope, read_rope, before_rope = None, None, {}
+    if transforms_after_rope:
+        rope = Rope(site).to(site.device)
+    elif plan.before_rope and site.attention is not None:
+        read_rope = Rope(site).to(site.device)
+        before_rope = key_map_before_rope(plan, shape, read_rope, positions, site.device)
     described = describe_site(site, positions.description)
-    rewrite = Rewrite(site, plan, positions.inputs)
+    rewrite = Rewrite(site, plan, positions.inputs, turns_on_read=bool(before_rope))
     folder = (
         dump_to(Path(config.dump_dir), f"layer_{site.layer_index:02d}")
         if config.dump_dir is not None
@@ -362,8 +375,12 @@ def _rewrite(
     module, example = site.capture.module, site.hidden_example
     device = example.device
     buffers = {**site.capture.constants, **rewrite.buffers}
+    read_keys = None
     if counts["fuse_attention"]["fused"]:
-        buffers |= key_map(plan, shape, rope or Rope(site).to(device), positions, device)
+        if before_rope:
+            read_keys = ReadKeys(buffers.pop("key_inverse"), buffers.get("key_order"), read_rope)
+            read_keys.to(device)
+        buffers |= before_rope or key_map(plan, shape, rope or Rope(site).to(device), positions, device)
     runtime = AttentionRuntime(
         site.layer_index,
         _layer_spec(site, plan, statistics),
@@ -371,6 +388,7 @@ def _rewrite(
         {name: tensor.to(device) for name, tensor in buffers.items()},
         rope,
         config.debug,
+        read_keys,
     )
     parameters = {n: t.to(module.get_parameter(n)) for n, t in rewrite.folded.items()}
     lowered = {
@@ -397,10 +415,14 @@ def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime, device_type: str) -> se
     targets = (str(n.target) for n in rewrite.graph.nodes if n.op == "call_function")
     used = {t.split(".")[1] for t in targets if t.startswith("rotatekv.")}
     for attend in rewrite.graph.find_nodes(op="call_method", target="attend"):
-        used |= {"attend", "decode"} if runtime.decodes else {"attend"}
+        used.add("attend")
+        if runtime.decodes:
+            used.add("decode" if runtime.prefills else "decode_before_rope")
+        if runtime.read_keys is not None:
+            used.add("rotate")
         *_, softcap, sink_logits, causal = attend.args
         plain = causal and not softcap and sink_logits is None
-        if runtime.decodes and plain and ops.lowered_to("prefill", device_type) == "triton":
+        if runtime.prefills and plain and ops.lowered_to("prefill", device_type) == "triton":
             used.add("prefill")
     quantizers = (rewrite.plan.key_quantizer, rewrite.plan.value_quantizer)
     used |= {"quantize", "dequantize", "append"} if any(quantizers) else {"store"}

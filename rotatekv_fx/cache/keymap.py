@@ -54,7 +54,7 @@ def key_map(
         return {}
     turned = torch.arange(dim), torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
     if plan.center is not None and rope.turned:
-        turned = _turned(rope, positions, device)
+        turned = turned_pairs(rope, positions, device)
     if turned is None:
         return {}
     partner, angles, size = turned
@@ -67,7 +67,7 @@ def key_map(
     )
     quantizers = (plan.key_quantizer, plan.value_quantizer)
     rows = unit * shape.query_heads // heads
-    if heads % unit or rows > _MOST_ROWS or dim < _LEAST_DIM or not all(map(_in_words, quantizers)):
+    if heads % unit or rows > _MOST_ROWS or dim < _LEAST_DIM or not all(map(in_words, quantizers)):
         return {}
     matrix, inverse = (_of_units(m, heads * dim // block, unit * dim // block) for m in
                        (transform.matrix, transform.inverse))  # fmt: skip
@@ -101,7 +101,7 @@ def key_map(
     return dict(zip(NAMES, tensors, strict=True))
 
 
-def _in_words(quantizer: Quantizer) -> bool:
+def in_words(quantizer: Quantizer) -> bool:
     """Whether kernels can read a group's codes as 16-bit words."""
     group = quantizer.group
     return group % 16 == 0 and (quantizer.bits != 3 or group & (group - 1) == 0)
@@ -113,7 +113,7 @@ def _of_units(blocks: Tensor, count: int, per_unit: int) -> Tensor:
     return torch.stack([torch.block_diag(*group) for group in blocks.split(per_unit)])
 
 
-def _turned(
+def turned_pairs(
     rope: Rope, positions: PositionPlan, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Each channel's partner [D], angle t and factor f, float64 [D]: at position p, a = f cos(p t) and

@@ -9,8 +9,9 @@ and, if it is the first layer to receive them, the positions that several layers
 are in both, so that a crop of up to as many restores the window, and so is the oldest token of the window,
 whose codes the next step reads.
 
-One new token is attended to by the op `decode`, on the packed tensors themselves, where the recipe stores
-keys after RoPE; a prompt on a GPU by the op `prefill`. Otherwise the attention reads one token axis:
+One new token is attended to on the packed tensors themselves, by the op `decode`, or `decode_before_rope`
+where the recipe stores keys before RoPE; a prompt on a GPU by the op `prefill`, where it stores them after
+RoPE. Otherwise the attention reads one token axis:
 
 * one new token, or no window: history, then the window.
 * several new tokens and a window: history and what leaves the window through the codes, then the window and
@@ -212,6 +213,7 @@ class PackedLayer:
 
     def decode(
         self,
+        op: Callable[..., Tensor],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -222,9 +224,10 @@ class PackedLayer:
         softcap: float,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Store one new token and attend to the packed tensors as they are: the op `decode`.
+        """Store one new token and attend to the packed tensors as they are.
 
         Args:
+            op: `decode` or `decode_before_rope`.
             query: [B, Hq, 1, D], after RoPE.
             key, value: [B, Hkv, 1, D] in the form that exact tokens are kept in.
             positions: stored positions [B or 1, 1, 1, 1] of the new token, or none.
@@ -242,7 +245,7 @@ class PackedLayer:
             self._begin_positions(positions, start)
         self.prompt_open = False
         self._make_room(key, value)
-        out = ops.decode(
+        out = op(
             query, key, value, *self._held(key_map, positions, start),
             None if mask is None else mask[:, 0, 0], offset,
             self._capacity() if self.is_sliding else 0, scale, softcap, sink_logits,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
-from rotatekv_fx.cache import keymap
+from rotatekv_fx.cache import before_rope, keymap
 from rotatekv_fx.cache.codec import Codec, Parts
 from rotatekv_fx.cache.combined import COMBINED
 from rotatekv_fx.cache.kinds import TWINS
@@ -42,17 +42,21 @@ class AttentionRuntime(nn.Module):
         buffers: dict[str, Tensor],
         rope: Rope | None,
         debug: bool = False,
+        read_keys: before_rope.ReadKeys | None = None,
     ):
         """`debug` checks what is stored.
 
         `rope` is given where keys are transformed after RoPE: `update` then does it, with key_matrix,
-        key_inverse and, where a mean is removed first, key_center of `buffers`.
+        key_inverse and, where a mean is removed first, key_center of `buffers`. `read_keys` is given where
+        they are stored before RoPE and `attend` has to turn them.
         """
         super().__init__()
         self.layer_index, self.spec, self.positions, self.rope = layer_index, spec, positions, rope
+        self.read_keys = read_keys
         self.residual: Tensor | None = None  # the block's input, in compiled calls without a cache
         self.centers, self.debug = "key_center" in buffers, debug
-        self.decodes = keymap.NAMES[0] in buffers
+        self.prefills = keymap.NAMES[0] in buffers
+        self.decodes = self.prefills or before_rope.NAMES[0] in buffers
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -106,8 +110,8 @@ class AttentionRuntime(nn.Module):
     ) -> Tensor:
         """Store new tokens and attend to what the cache then holds: `update` and the op `attend` in one.
 
-        One new token is attended to without unpacking anything, by the op `decode`; a prompt on a GPU by the
-        op `prefill`.
+        One new token is attended to without unpacking anything, by the op `decode` or `decode_before_rope`; a
+        prompt on a GPU by the op `prefill`.
 
         Returns:
             [B, S, Hq, Dv].
@@ -118,19 +122,26 @@ class AttentionRuntime(nn.Module):
         residual = self._received(key, value, residual)
         layer, stored = self.layer(cache), self.positions.encode(positions)
         if self.decodes and layer.decodes(query, mask):
-            return layer.decode(query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits)
+            op = ops.decode if self.prefills else ops.decode_before_rope
+            return layer.decode(
+                op, query, key, value, stored, mask, self.key_map, scale, softcap, sink_logits
+            )
         plain = causal and softcap == 0.0 and sink_logits is None and cache is not None
-        if self.decodes and plain and has_prefill_kernel(query):
+        if self.prefills and plain and has_prefill_kernel(query):
             start = layer.prefill_start(query, value, mask)
             if start is not None:
                 return layer.prefill(query, key, value, stored, residual, self.key_map, start, scale)
         step = layer.step(key, value, stored, residual, mask, self)
-        return ops.attend(query, step.keys, step.values, step.mask, scale, softcap, sink_logits, causal)
+        keys = step.keys
+        if self.read_keys is not None:
+            keys = self.read_keys(keys, *self.positions.decode(step.positions))
+        return ops.attend(query, keys, step.values, step.mask, scale, softcap, sink_logits, causal)
 
     @property
     def key_map(self) -> list[Tensor]:
-        """The tensors that `decode` takes, or nothing where the layer is always read the general way."""
-        return [getattr(self, name) for name in keymap.NAMES] if self.decodes else []
+        """The tensors that the decoding op takes; none where the layer is always read the general way."""
+        names = keymap.NAMES if self.prefills else before_rope.NAMES
+        return [getattr(self, name) for name in names] if self.decodes else []
 
     def to_codes(self, key: Tensor, positions: Parts) -> Tensor:
         """An exact key [B, Hkv, N, D] as it is quantized: without its mean, rotated, compensated."""

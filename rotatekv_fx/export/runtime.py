@@ -34,6 +34,8 @@ from rotatekv_fx.export.state import (
 from rotatekv_fx.ops import REFERENCES
 from rotatekv_fx.report import SiteReport
 
+ops = torch.ops.rotatekv
+
 
 class ExportCache(DynamicCache):
     """A cache whose layers only count tokens; the states of packed layers are beside them.
@@ -87,10 +89,10 @@ class ExportRuntime(nn.Module):
         self.site, self.sliding = site, sliding
         for name, tensor in runtime.named_buffers(recurse=False):
             self.register_buffer(name, tensor, persistent=False)
-        self.rotates = runtime.rope is not None
+        self.rotates, self.read_keys = runtime.rope is not None, runtime.read_keys
         self.mean = Mean(runtime.key_center, runtime.rope, self.positions) if runtime.centers else None
         self.blocks = 0
-        after_rope = self.rotates or not self.positions.stored
+        after_rope = self.rotates or not (self.positions.stored or self.read_keys is not None)
         if after_rope and None not in (self.spec.key.quantizer, self.spec.value.quantizer):
             inverse = runtime.key_inverse if self.rotates else None
             turn, self.blocks = fold_inverse(inverse, self.spec.key, site.head_dim)
@@ -147,6 +149,10 @@ class ExportRuntime(nn.Module):
         causal: bool,
     ) -> Tensor:
         """As `AttentionRuntime.attend`; the new state goes to `cache.outputs`."""
+        if self.read_keys is not None:
+            mask, keys, values, *rows = self.update(cache, key, value, positions, residual, mask)
+            keys = self.read_keys(keys, *rows)
+            return ops.attend.default(query, keys, values, mask, scale, softcap, sink_logits, causal)
         spec, step = self.spec, cache.step
         tensors = {"query": query, **self._tensors(cache, key, value, residual, mask)}
         if sink_logits is not None:

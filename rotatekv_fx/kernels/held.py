@@ -42,7 +42,9 @@ class Held:
 
     @property
     def units(self) -> int:
-        """Units of heads that share rotations and quantization groups."""
+        """Units of heads that share rotations and quantization groups: one, of all heads, where channels are
+        reordered.
+        """
         return self.key_map[0].shape[0]
 
     def unit_heads(self, key: Tensor) -> int:

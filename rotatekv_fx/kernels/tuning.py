@@ -8,6 +8,7 @@ import functools
 import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
+BEFORE_ROPE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,3 +79,12 @@ def decode_choice(
     splits = min(splits, max(64, -(-tiles // 3)))  # or combining takes longer than it saves
     each = -(-tiles // max(1, splits))
     return DecodeChoice(tile, 2, -(-tiles // each))
+
+
+def before_rope_splits(device: torch.device, units: int, capacity: int) -> int:
+    """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE:
+    four programs a multiprocessor at least, while there are tiles for each.
+    """
+    tiles = max(1, -(-capacity // BEFORE_ROPE_TILE))
+    splits = max(1, min(-(-4 * _multiprocessors(device) // units), tiles))
+    return -(-tiles // -(-tiles // splits))

@@ -14,6 +14,14 @@ Their tensors come in groups, as a cache layer holds them (N slots, Ng groups of
   table fp16 [tile, 2P]. A key at position p is stored as y = k @ matrix - [cos(p t), sin(p t)] @ mean; its
   score with a query q is (q @ rotation) . [y, cos(p t), sin(p t)].
 
+`decode_before_rope` has a key_map of its own, for keys that are stored before RoPE, rotated over G
+neighbouring heads and reordered over all channels: order int32 [1, Hkv * D], the stored channel of each
+rotated one; matrix fp32 [D, D] and mixing fp32 [G, G], whose Kronecker product mixing x matrix undoes the
+rotation (the matrix of numbers that 16 bits hold); and RoPE, which turns channel c at position p with its
+partner c': partner int32 [D], size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a tile's cosines
+and sines. With k the key rotated back, a score is the sum over c of
+size_c k_c (q_c cos(p t_c) - q_c' sin(p t_c)).
+
 Positions of a sequence's tokens are taken to be consecutive: position - number is that of the newest token.
 """
 
@@ -39,14 +47,14 @@ _AFTER_KEY_AND_VALUE = functools.partial(arguments_with_held, 2)
 _AFTER_QUERY = functools.partial(arguments_with_held, 3)
 
 
-def _check_held(op: str, key: Tensor, value: Tensor, held: Held) -> None:
+def _check_held(op: str, key: Tensor, value: Tensor, held: Held, key_map: int = 5) -> None:
     check_ranks(op, 4, key=key, value=value)
     check_ranks(op, 2, position=held.position)
     for name, given, counts in (
         ("history", held.history, (6,)),
         ("recent", held.recent, (2,) if held.window else (0,)),
         ("sinks", held.sinks, (0, 3)),
-        ("key_map", held.key_map, (5,)),
+        ("key_map", held.key_map, (key_map,)),
     ):
         if len(given) not in counts:
             raise ConfigError(f"{op}: {name} has {len(given)} tensors; use {counts[-1]}.")
@@ -65,25 +73,28 @@ def _check_held(op: str, key: Tensor, value: Tensor, held: Held) -> None:
 
 
 def _check_decode(
-    query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | None, *_: Any
+    op: str, maps: int, query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | None, *_: Any
 ) -> None:
-    check_ranks("decode", 4, query=query)
-    _check_held("decode", key, value, held)
+    check_ranks(op, 4, query=query)
+    _check_held(op, key, value, held, maps)
     if query.shape[2] != 1 or key.shape[2] != 1:
-        raise ConfigError(f"decode: {query.shape[2]} queries, {key.shape[2]} keys; give one new token.")
+        raise ConfigError(f"{op}: {query.shape[2]} queries, {key.shape[2]} keys; give one new token.")
     if query.shape[1] % key.shape[1]:
-        raise ConfigError(
-            f"decode: {query.shape[1]} query heads for {key.shape[1]} KV heads; use a multiple."
-        )
+        raise ConfigError(f"{op}: {query.shape[1]} query heads for {key.shape[1]} KV heads; use a multiple.")
     if mask is not None:
-        check_ranks("decode", 2, mask=mask)
+        check_ranks(op, 2, mask=mask)
+
+
+_DECODE = (
+    f"(Tensor query, Tensor key, Tensor value, {_HELD}, Tensor? mask, SymInt mask_offset, int sliding, "
+    "float scale, float softcap, Tensor? sink_logits) -> Tensor"
+)
 
 
 @declare(
-    f"decode(Tensor query, Tensor key, Tensor value, {_HELD}, Tensor? mask, SymInt mask_offset, int sliding, "
-    "float scale, float softcap, Tensor? sink_logits) -> Tensor",
+    f"decode{_DECODE}",
     reference=attention.decode,
-    check=_check_decode,
+    check=functools.partial(_check_decode, "decode", 5),
     gather=_AFTER_QUERY,
 )
 def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
@@ -108,6 +119,32 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         sink_logits: [Hq], one more logit in each denominator, or None.
+
+    Returns:
+        [B, 1, Hq, Dv] in the dtype of the query.
+
+    Raises:
+        ConfigError: shapes, bits or groups do not fit.
+    """
+    return query.new_empty((query.shape[0], 1, query.shape[1], value.shape[3]))
+
+
+@declare(
+    f"decode_before_rope{_DECODE}",
+    reference=attention.decode_before_rope,
+    check=functools.partial(_check_decode, "decode_before_rope", 7),
+    gather=_AFTER_QUERY,
+)
+def _decode_before_rope(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """Attention of one new token over a packed layer whose keys are stored before RoPE.
+
+    Args:
+        query: [B, Hq, 1, D], after RoPE.
+        key, value: [B, Hkv, 1, D] of the new token, in the form that is stored: rotated, reordered, before
+            RoPE.
+        history, recent, sinks: keys are in the same form.
+        key_map: of its own (module docstring).
+        others: as in op `decode`.
 
     Returns:
         [B, 1, Hq, Dv] in the dtype of the query.

@@ -15,6 +15,7 @@ from rotatekv_fx.errors import ConfigError
 # Op name -> "module:function" of the Triton kernel that CUDA tensors run; imported inside the first call.
 TRITON_KERNELS: dict[str, str] = {
     "decode": "rotatekv_fx.kernels.attention.triton:decode",
+    "decode_before_rope": "rotatekv_fx.kernels.attention.before_rope:decode_before_rope",
     "extend": "rotatekv_fx.kernels.quantize.triton:extend",
     "prefill": "rotatekv_fx.kernels.prefill.triton:prefill",
 }

@@ -36,6 +36,7 @@ class Rewrite:
         key_attended, value_attended: what the attention reads.
         residual: placeholder of the enclosing block's input, once sinks are preserved.
         positions_read: the positional inputs of the stored keys, by the input's name.
+        turns_on_read: whether the runtime can turn keys that are stored before RoPE, and attend to them.
         exact_dtype: what exact tokens are rounded to by the graph itself; None where the cache that they go
             to does it.
         buffers: tensors that the graph reads below `rotatekv.` on the module.
@@ -56,6 +57,7 @@ class Rewrite:
     value_attended: fx.Node | None = None
     residual: fx.Node | None = None
     positions_read: dict[str, fx.Node] = dataclasses.field(default_factory=dict)
+    turns_on_read: bool = False
     exact_dtype: torch.dtype | None = None
     buffers: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     folded: dict[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -5,8 +5,9 @@
 
     after:   runtime.attend(cache, query, key, value, positions, residual, mask, scale, ...)
 
-What is read goes to the attention as it is only where the recipe stores keys after RoPE and both inverse
-transforms are merged or applied inside; elsewhere nothing changes.
+What is read goes to the attention as it is where the recipe stores keys after RoPE and both inverse
+transforms are merged or applied inside. Where it stores them before RoPE, the inverse rotation and RoPE stand
+between update and attention, and go into the call too if the runtime can do them. Elsewhere nothing changes.
 """
 
 from __future__ import annotations
@@ -34,18 +35,30 @@ def fuse_attention(rewrite: Rewrite) -> dict[str, int]:
         return {"fused": 0}
     (update,), (attend,) = updates, attends
     query, key, value, mask, *options = attend.args
-    reads = (mask, key, value)
-    if not all(_is_result(read, update, index) for index, read in enumerate(reads)):
+    between = _made_of(update, attend)
+    turned = rewrite.turns_on_read and key is rewrite.key_attended
+    if not (_is_result(mask, update, 0) and _is_result(value, update, 2)):
         return {"fused": 0}
-    if any(set(read.users) - {attend} for read in reads) or set(update.users) - set(reads):
+    if not (turned or (_is_result(key, update, 1) and set(between) == {mask, key, value})):
+        return {"fused": 0}
+    if any(set(n.users) - {attend, *between} for n in between) or {query, *options} & set(between):
         return {"fused": 0}
     runtime, cache, *stored = update.args
     with graph.inserting_before(attend):
         fused = graph.call_method("attend", (runtime, cache, query, *stored, *options))
     attend.replace_all_uses_with(fused)
-    for node in (attend, *reads, update):
+    for node in (attend, *reversed(between), update):
         graph.erase_node(node)
     return {"fused": 1}
+
+
+def _made_of(update: fx.Node, attend: fx.Node) -> list[fx.Node]:
+    """What depends on an update and not on the attention, in order."""
+    made = {update: None}
+    for node in update.graph.nodes:
+        if node is not attend and any(source in made for source in node.all_input_nodes):
+            made[node] = None
+    return [node for node in made if node is not update and node is not attend]
 
 
 def _is_result(node: object, update: fx.Node, index: int) -> bool:

@@ -10,20 +10,15 @@ from rotatekv_fx.kernels.quantize.programs import product
 
 
 @triton.jit
-def attend_exact(
-    batch, unit, tile, part, newest, earliest,
-    query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+def exact_tokens(
+    batch, tile, newest, earliest, recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
-    scale, softcap, units, ring, out_ptr, weight_ptr,
-    R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Weights and values of one tile of sinks that left the window, or of the window's tokens."""
-    rows, tokens = tl.arange(0, M), tl.arange(0, NE)
-    channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
-    inside = rows < R
-    row = ((batch * units + unit) * R + rows).to(tl.int64)
+    """A tile's tokens [NE]: their numbers, whether they are seen, and where they are: keys, values, rows of a
+    head, and each token's row.
+    """
+    tokens = tl.arange(0, NE)
     SINK_TILES: tl.constexpr = (SINKS + NE - 1) // NE
     index = tokens + (tile - SINK_TILES) * NE
     number = newest - WINDOW + 1 + index
@@ -39,6 +34,28 @@ def attend_exact(
         column = number - mask_offset
         known = seen & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
         seen = tl.load(mask_ptr + batch.to(tl.int64) * mask_stride + column, mask=known, other=0) != 0
+    return number, seen, keys, values, rows_held, slot
+
+
+@triton.jit
+def attend_exact(
+    batch, unit, tile, part, newest, earliest,
+    query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+    mask_ptr, mask_stride, mask_offset, mask_columns,
+    scale, softcap, units, ring, out_ptr, weight_ptr,
+    R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Weights and values of one tile of sinks that left the window, or of the window's tokens."""
+    rows = tl.arange(0, M)
+    channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
+    inside = rows < R
+    row = ((batch * units + unit) * R + rows).to(tl.int64)
+    _, seen, keys, values, rows_held, slot = exact_tokens(
+        batch, tile, newest, earliest, recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
+        mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
+    )  # fmt: skip
     key_words = ()
     value_words = ()
     queries = ()

@@ -113,8 +113,7 @@ def decode(
 ) -> Tensor:
     """Reference of the op `rotatekv::decode` (`rotatekv_fx.ops` describes it)."""
     extend(key, value, held)
-    history, recent, sinks = held.history, held.recent, held.sinks
-    newest, window = held.start, held.window
+    history, newest, window = held.history, held.start, held.window
     heads, dim = key.shape[1], key.shape[3]
     matrix, _, rotation, angles = held.key_map[:4]
     units, channels = matrix.shape[:2]
@@ -136,16 +135,83 @@ def decode(
     last_coded = newest - window
     visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
     columns = [(scores, values, numbers.expand(batch, -1), visible)]
+    for keys, values, numbers, visible in _exact_columns(batch, held):
+        columns.append((rows @ keys.transpose(-1, -2), values, numbers, visible))
+    out = _weighted(columns, held, mask, mask_offset, sliding, scale, softcap, sink_logits)
+    return out.reshape(batch, 1, heads * repeats, -1).to(query.dtype)
+
+
+def decode_before_rope(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    held: Held,
+    mask: Tensor | None,
+    mask_offset: int,
+    sliding: int,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Reference of the op `rotatekv::decode_before_rope` (`rotatekv_fx.ops` describes it)."""
+    _store(key, value, held, transforms=False)
+    history, newest = held.history, held.start
+    last_coded = newest - held.window
+    batch, heads, _, dim = key.shape
+    order, matrix, mixing, partner, size, angles = held.key_map[:6]
+    rows = query.float().reshape(batch, heads, -1, dim)
+    by_cos, by_sin = rows * size, -rows[..., partner.long()] * size
+
+    def scores_of(stored: Tensor, numbers: Tensor) -> Tensor:
+        flat = stored.transpose(1, 2).flatten(2)[..., order[0].long()]  # rotated channels
+        turned = flat.unflatten(-1, (-1, mixing.shape[0], dim)) @ matrix
+        keys = torch.einsum("bnugd,gh->bnuhd", turned, mixing).flatten(2, 3).transpose(1, 2)
+        places = held.position.reshape(-1, 1) - newest + numbers  # [B, N]
+        waves = (places.double()[..., None] * angles)[:, None]
+        on_cos, on_sin = keys * waves.cos().float(), keys * waves.sin().float()
+        return by_cos @ on_cos.transpose(-1, -2) + by_sin @ on_sin.transpose(-1, -2)
+
+    numbers = _history_numbers(held.capacity, last_coded, held.wraps, query.device).expand(batch, -1)
+    keys = dequantize(*history[:3], held.key_bits, held.key_group, heads, torch.float32)
+    values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
+    visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
+    stretches = [(keys, values, numbers, visible), *_exact_columns(batch, held)]
+    columns = [(scores_of(k, n), v, n, visible) for k, v, n, visible in stretches]
+    out = _weighted(columns, held, mask, mask_offset, sliding, scale, softcap, sink_logits)
+    return out.reshape(batch, 1, query.shape[1], -1).to(query.dtype)
+
+
+def _exact_columns(batch: int, held: Held) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Keys, values [B, Hkv, N, D], numbers and visibility [B, N] of the window's tokens, and of sinks that
+    left it.
+    """
+    recent, sinks, newest, columns = held.recent, held.sinks, held.start, []
+    last_coded = newest - held.window
     if recent:
         size = recent[0].shape[2]
-        numbers = newest - (newest - torch.arange(size, device=query.device)) % size
+        numbers = newest - (newest - torch.arange(size, device=recent[0].device)) % size
         near = (numbers >= 0) & (numbers > last_coded)
-        exact = rows @ recent[0].float().transpose(-1, -2)
-        columns.append((exact, recent[1].float(), numbers.expand(batch, -1), near.expand(batch, -1)))
+        exact = (x.float() for x in recent)
+        columns.append((*exact, numbers.expand(batch, -1), near.expand(batch, -1)))
     if sinks:
         numbers = sinks[2].long()
-        exact = rows @ sinks[0].float().transpose(-1, -2)
-        columns.append((exact, sinks[1].float(), numbers, (numbers >= 0) & (numbers <= last_coded)))
+        exact = (x.float() for x in sinks[:2])
+        columns.append((*exact, numbers, (numbers >= 0) & (numbers <= last_coded)))
+    return columns
+
+
+def _weighted(
+    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    held: Held,
+    mask: Tensor | None,
+    mask_offset: int,
+    sliding: int,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Softmax attention [B, Hkv, r, Dv] over stretches of scores, values, numbers and visibility."""
+    newest, (batch, heads, repeats, _) = held.start, columns[0][0].shape
     scores = torch.cat([c[0] for c in columns], -1) * scale
     values = torch.cat([c[1] for c in columns], 2)
     numbers = torch.cat([c[2] for c in columns], -1)
@@ -165,7 +231,7 @@ def decode(
         scores = torch.cat([scores, extra], -1)
     weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : values.shape[2]]
     values = values.masked_fill(~visible[:, None, :, None], 0.0)  # what is there may be NaN
-    return (weights @ values).reshape(batch, 1, heads * repeats, -1).to(query.dtype)
+    return weights @ values
 
 
 def _history_numbers(size: int, newest: Tensor | int, wraps: bool, device: torch.device) -> Tensor:
@@ -176,8 +242,13 @@ def _history_numbers(size: int, newest: Tensor | int, wraps: bool, device: torch
 
 def extend(key: Tensor, value: Tensor, held: Held) -> None:
     """Reference of the op `rotatekv::extend` (`rotatekv_fx.ops` describes it)."""
+    _store(key, value, held, transforms=True)
+
+
+def _store(key: Tensor, value: Tensor, held: Held, transforms: bool) -> None:
+    """Add new tokens; keys become codes as the key map says, or as they are."""
     history, recent, start, capacity, wraps = held.history, held.recent, held.start, held.capacity, held.wraps
-    new, heads, dim = key.shape[2], key.shape[1], key.shape[3]
+    new = key.shape[2]
     device, leaving = key.device, min(new, capacity)
     ahead = max(0, held.window - 1)  # the oldest token of the window has its codes already
     numbers = torch.arange(leaving, device=device) + (start + new - ahead - leaving)
@@ -191,14 +262,7 @@ def extend(key: Tensor, value: Tensor, held: Held) -> None:
         )
     else:
         key_out, value_out = (x[:, :, new - leaving :].float() for x in (key, value))
-    matrix, mean, _, angles = held.key_map[:4]
-    units, channels = matrix.shape[:2]
-    flat = key_out.transpose(1, 2).reshape(key.shape[0], leaving, units, channels)
-    newest = start + new - 1
-    turned = (held.position.reshape(-1, 1) - newest + numbers).double()[..., None] * angles
-    waves = torch.cat([turned.cos(), turned.sin()], -1).float()
-    coded = torch.einsum("bsuc,ucd->bsud", flat, matrix) - torch.einsum("bsp,upd->bsud", waves, mean)
-    coded = coded.reshape(key.shape[0], leaving, heads, dim).transpose(1, 2)
+    coded = _transformed(key_out, numbers, held, start + new - 1) if transforms else key_out
     # Tokens without a slot are written where a real one is written after them.
     placed = (numbers >= 0) if wraps else (numbers >= 0) & (numbers < capacity)
     slots = torch.where(placed, numbers % capacity if wraps else numbers, 0)
@@ -221,3 +285,15 @@ def extend(key: Tensor, value: Tensor, held: Held) -> None:
         for ring, x in zip(recent, (key, value), strict=True):
             limit = torch.finfo(ring.dtype).max
             ring.index_copy_(2, places, x[:, :, new - last :].clamp(-limit, limit).to(ring.dtype))
+
+
+def _transformed(key: Tensor, numbers: Tensor, held: Held, newest: Tensor | int) -> Tensor:
+    """Keys [B, Hkv, S, D] of tokens `numbers`, rotated and without their mean."""
+    batch, heads, tokens, dim = key.shape
+    matrix, mean, _, angles = held.key_map[:4]
+    units, channels = matrix.shape[:2]
+    flat = key.transpose(1, 2).reshape(batch, tokens, units, channels)
+    turned = (held.position.reshape(-1, 1) - newest + numbers).double()[..., None] * angles
+    waves = torch.cat([turned.cos(), turned.sin()], -1).float()
+    coded = torch.einsum("bsuc,ucd->bsud", flat, matrix) - torch.einsum("bsp,upd->bsud", waves, mean)
+    return coded.reshape(batch, tokens, heads, dim).transpose(1, 2)

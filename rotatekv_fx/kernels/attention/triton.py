@@ -138,7 +138,7 @@ def finish_kernel(
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs that quantize, where it QUANTIZES, which wait for nothing; then B * units * rows times
     DV / COLUMNS programs that combine.
@@ -155,7 +155,8 @@ def finish_kernel(
                 key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
                 key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
                 key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
-                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, WRAPS, LAG, ROWS,
+                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, TRANSFORM, WRAPS, LAG,
+                ROWS,
             )  # fmt: skip
     program -= quantize_programs
     if program >= 0:

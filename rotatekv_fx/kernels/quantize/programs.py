@@ -265,7 +265,7 @@ def quantize_program(
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Key programs, then value programs: `tokens` of each sequence become codes, the last of them LAG tokens
     before the newest.
@@ -277,7 +277,7 @@ def quantize_program(
             first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
             new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
-            MIDPOINT, True, WRAPS, True, LAG,
+            MIDPOINT, TRANSFORM, WRAPS, True, LAG,
         )  # fmt: skip
     else:
         index = program - key_programs

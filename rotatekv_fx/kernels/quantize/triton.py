@@ -111,7 +111,7 @@ def step_kernel(
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs that quantize, where it QUANTIZES; query programs; programs of the ring (B * Hkv).
 
@@ -131,7 +131,8 @@ def step_kernel(
                 key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
                 key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
                 key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
-                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, WRAPS, LAG, ROWS,
+                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, TRANSFORM, WRAPS, LAG,
+                ROWS,
             )  # fmt: skip
     program -= quantize_programs
     if (program >= 0) & (program < query_programs):
@@ -164,8 +165,10 @@ class Quantizing:
     rows: int
 
 
-def quantizing(key: Tensor, value: Tensor, held: Held) -> Quantizing:
-    """What makes codes of as many tokens as are new: keys and values [B, Hkv, S, D], contiguous."""
+def quantizing(key: Tensor, value: Tensor, held: Held, transforms: bool = True) -> Quantizing:
+    """What makes codes of as many tokens as are new: keys and values [B, Hkv, S, D], contiguous. Keys are
+    transformed by the key map, or quantized as they are.
+    """
     batch, _, new, dim = key.shape
     value_dim, capacity = value.shape[3], held.capacity
     key_groups, value_groups = held.unit_groups(key, value)
@@ -178,7 +181,7 @@ def quantizing(key: Tensor, value: Tensor, held: Held) -> Quantizing:
     key_programs = held.units * key_groups * row_blocks
     ring_keys, ring_values = held.recent or (key, value)
     sink_count = sinks[2].shape[1] if sinks else 0
-    matrix, mean, _, angles, _ = held.key_map
+    matrix, mean, _, angles = held.key_map[:4]
     arguments = (
         key_programs, row_blocks, tokens, batch * tokens, new, key, value, ring_keys, ring_values,
         ring_keys.shape[2], sinks[2] if sinks else position, matrix, mean, angles, position,
@@ -192,7 +195,7 @@ def quantizing(key: Tensor, value: Tensor, held: Held) -> Quantizing:
         "KBYTES": history[0].shape[3], "VBYTES": history[3].shape[3],
         "KWIDTH": _plane_width(held.key_group, held.key_bits),
         "VWIDTH": _plane_width(held.value_group, held.value_bits),
-        "PAIRS": len(angles), "SINKS": sink_count,
+        "PAIRS": len(angles) if transforms else 0, "TRANSFORM": transforms, "SINKS": sink_count,
         "SINKS_PADDED": triton.next_power_of_2(max(1, sink_count)),
         "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "LAG": max(0, held.window - 1),
         "ROWS": rows,
@@ -227,7 +230,7 @@ def launch_step(
     repeats = 1 if query is None else query.shape[1] // heads
     query_rows = tuning.row_block(batch * repeats, 4)
     query_blocks = triton.cdiv(batch * repeats, query_rows)
-    width, columns = query_matrix.shape[2], 32 if query_rows <= 4 else 64
+    width, columns = query_matrix.shape[-1], 32 if query_rows <= 4 else 64
     query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
     programs = quantize_programs + query_programs + (batch * heads if ring_tokens else 0)
     step_kernel[(programs,)](

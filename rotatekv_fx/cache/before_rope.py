@@ -1,0 +1,99 @@
+"""Keys that are stored before RoPE: how the attention reads them, and the form in which the op
+`decode_before_rope` takes that.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rotatekv_fx.cache.keymap import TABLE_TOKENS, in_words, turned_pairs
+from rotatekv_fx.cache.positions import PositionPlan
+from rotatekv_fx.recipes.base import LayerPlan, LayerShape
+from rotatekv_fx.rope import Rope
+
+ops = torch.ops.rotatekv
+NAMES = tuple(
+    f"before_rope_{name}" for name in ("order", "matrix", "mixing", "partner", "size", "angles", "table")
+)
+_MOST_ROWS = 64  # query rows of a unit of heads
+_LEAST_DIM = 16  # a tensor-core step
+_SAME = 1e-6  # by which two angles of a pair may differ
+
+
+class ReadKeys(nn.Module):
+    """Stored keys as the attention reads them: in their heads' order, rotated back, turned by RoPE."""
+
+    def __init__(self, inverse: Tensor, order: Tensor | None, rope: Rope):
+        super().__init__()
+        self.rope = rope
+        self.register_buffer("inverse", inverse, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, keys: Tensor, *positional: Tensor) -> Tensor:
+        """Keys [B, Hkv, N, D], and the positional inputs of their N tokens."""
+        return self.rope(ops.rotate.default(keys, self.inverse, self.order, True), *positional)
+
+
+def key_map_before_rope(
+    plan: LayerPlan, shape: LayerShape, rope: Rope, positions: PositionPlan, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of the key_map of `decode_before_rope` (`rotatekv_fx.ops.packed`) by name.
+
+    Args:
+        plan: what the recipe decided.
+        shape: the layer's heads and channels.
+        rope: the layer's RoPE.
+        positions: how stored positions become its inputs.
+        device: of the model.
+
+    Returns:
+        Nothing where keys are stored after RoPE, the positions are no ids, RoPE does not turn pairs by fixed
+        angles, the rotation is not one of heads times one of channels, or the kernels do not take the sizes.
+    """
+    dim, heads, transform = shape.head_dim, shape.kv_heads, plan.key
+    quantizers = (plan.key_quantizer, plan.value_quantizer)
+    if not plan.before_rope or transform is None or transform.inverse.shape[0] != 1 or None in quantizers:
+        return {}
+    block = transform.inverse.shape[-1]
+    if block % dim or dim < _LEAST_DIM or not all(map(in_words, quantizers)):
+        return {}
+    if block // dim * shape.query_heads // heads > _MOST_ROWS:
+        return {}
+    factors = _factors(transform.inverse[0], dim)
+    turned = torch.arange(dim), torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
+    if rope.turned:
+        turned = turned_pairs(rope, positions, device)
+    if factors is None or turned is None:
+        return {}
+    partner, angles, size = turned
+    opposite = torch.where(partner == torch.arange(dim), 0.0, angles + angles[partner])
+    if opposite.abs().max() > _SAME or not torch.allclose(size, size[partner], rtol=1e-2):
+        return {}
+    order = torch.arange(heads * dim) if transform.order is None else torch.argsort(transform.order.cpu())
+    mixing, matrix = factors
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
+    tensors = (
+        order.int()[None],
+        matrix.float(),
+        mixing.float(),
+        partner.int(),
+        size.float(),
+        angles,
+        torch.cat([steps.cos(), steps.sin()], 1).half(),
+    )
+    return dict(zip(NAMES, tensors, strict=True))
+
+
+def _factors(inverse: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
+    """mixing [G, G] and matrix [dim, dim] whose Kronecker product is `inverse`, the matrix of numbers that 16
+    bits hold; or None where there are none.
+    """
+    count = inverse.shape[0] // dim
+    blocks = inverse.cpu().reshape(count, dim, count, dim).transpose(1, 2)
+    matrix = blocks[0, 0] / blocks[0, 0].abs().max()
+    # a Hadamard matrix' entries become a power of two that keeps products near what they are
+    matrix = (matrix * 2.0 ** -round(dim.bit_length() / 2)).contiguous()
+    mixing = ((blocks * matrix).sum((2, 3)) / matrix.square().sum()).contiguous()
+    exact = torch.equal(matrix, matrix.to(torch.bfloat16).double())
+    return (mixing, matrix) if exact and torch.allclose(torch.kron(mixing, matrix), inverse.cpu()) else None

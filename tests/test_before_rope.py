@@ -1,0 +1,279 @@
+"""Decode attention over keys stored before RoPE: the reference against the general path, the kernels against
+the reference (interpreted on a CPU, and on a GPU), and whole models.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+import zoo
+from test_decode_kernel import DEVICE, DTYPE, copied, marked, needs_gpu, needs_kernels, relative
+from transformers import DynamicCache
+
+import rotatekv_fx as rk
+from rotatekv_fx import ops  # noqa: F401  (registers the ops)
+from rotatekv_fx.cache.layers import PackedLayer
+from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.hadamard.reference import hadamard
+from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.quantize.reference import packed_bytes
+from rotatekv_fx.kernels.tuning import TABLE_TOKENS
+
+rotatekv = torch.ops.rotatekv
+
+CASES = {
+    "grouped": {},
+    "two units": {"heads": 4, "head_group": 2},
+    "one head a rotation": {"heads": 2, "head_group": 1},
+    "sixteen query heads": {"query_heads": 64},
+    "six sequences": {"batch": 6, "length": 70, "capacity": 80},
+    "dim 64, heads share a group": {"dim": 64},
+    "dim 96": {"dim": 96, "group": 32},
+    "3 bits": {"bits": (3, 3)},
+    "4 and 8 bits": {"bits": (4, 8)},
+    "group 32": {"group": 32},
+    "midpoints": {"scheme": "midpoint"},
+    "window": {"window": 24, "slack": 4},
+    "no sinks": {"sinks": 0},
+    "softcap": {"softcap": 5.0},
+    "sink logits": {"logits": True},
+    "left padding": {"padding": (0, 50)},
+    "sliding": {"sliding": 60, "capacity": 60, "wraps": True, "length": 101},
+    "sliding, window": {"sliding": 60, "capacity": 52, "wraps": True, "length": 101, "window": 9, "slack": 1},
+    "first token": {"length": 0, "sinks": 0},
+    "counted": {"counted": True},
+    "half": {"dtype": torch.float16},
+    "single": {"dtype": torch.float32},
+}
+QUICK = ("grouped", "two units", "dim 64, heads share a group", "3 bits", "window", "left padding", "sliding")
+
+
+def build(
+    dim=128, heads=4, query_heads=None, batch=2, length=100, capacity=112, window=0, slack=0, sinks=6,
+    bits=(2, 2), group=128, head_group=4, scheme="zero_point", softcap=0.0, logits=False, padding=(),
+    sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
+):  # fmt: skip
+    """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held, mask,
+    mask_offset, sliding, scale, softcap, sink_logits.
+    """
+    g = torch.Generator().manual_seed(seed)
+    query_heads = query_heads or 2 * heads
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+
+    power = dim & -dim
+    matrix = torch.block_diag(*[hadamard(power, torch.float32) * power**0.5] * (dim // power))
+    mixing = (torch.linalg.qr(randn(head_group, head_group))[0] / power**0.5).contiguous()
+    half = torch.arange(dim // 2)
+    theta = 10000.0 ** -(half.double() / len(half))
+    key_map = [
+        torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
+        torch.cat([half + dim // 2, half]).int(), torch.full((dim,), 1.1), torch.cat([-theta, theta]),
+    ]  # fmt: skip
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
+    key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
+    exact = torch.float16 if dtype is torch.float32 else dtype
+    history = []
+    for b in bits:
+        groups = heads * dim // group
+        history += [
+            torch.full((batch, groups, capacity, packed_bytes(group, b)), 0xA5, dtype=torch.uint8),
+            torch.full((batch, groups, capacity), float("nan"), dtype=torch.float16),
+            torch.full((batch, groups, capacity), float("nan")).to(
+                torch.float16 if scheme == "midpoint" else torch.int16
+            ),
+        ]
+    ring = window + slack
+    recent = (
+        [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if window else []
+    )
+    tokens = max(length, 1)
+    keys = (randn(batch, heads, tokens + 1, dim) + 0.3).to(dtype)
+    values = randn(batch, heads, tokens + 1, dim).to(dtype)
+    store = []
+    if sinks:
+        chosen = torch.stack([torch.randperm(tokens, generator=g)[:sinks] for _ in range(batch)]).int()
+        chosen[0, -1] = -1
+        at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
+        store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
+    shift = (7 - 10 * torch.arange(batch))[:, None]
+    held = Held(
+        history, recent, store, key_map, shift + length, None, 0, *bits, group, group, 0.8, 0.8, scheme,
+        window, wraps,
+    )  # fmt: skip
+    for number in range(length):
+        reference.decode_before_rope(
+            torch.zeros(batch, query_heads, 1, dim), *(x[:, :, number : number + 1] for x in (keys, values)),
+            dataclasses.replace(held, number=number), None, 0, 0, 1.0, 0.0, None,
+        )  # fmt: skip
+    mask = None
+    if padding:
+        mask = torch.ones(batch, length + 1, dtype=torch.bool)
+        for b, count in enumerate(padding):
+            mask[b, :count] = False
+    held = dataclasses.replace(
+        held, count=torch.tensor(length) if counted else None, number=0 if counted else length
+    )
+    return [
+        randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
+        values[:, :, length : length + 1], held, mask, 0, sliding, dim**-0.5, softcap,
+        randn(query_heads) if logits else None,
+    ]  # fmt: skip
+
+
+def flat(arguments):
+    """As the op takes them: what a layer holds, one by one."""
+    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held) else [x])]
+
+
+def small(**changes):
+    changes = {
+        "dim": 32,
+        "batch": 1,
+        "length": 20,
+        "capacity": 21,
+        "group": 32,
+        "dtype": torch.float32,
+    } | changes
+    return build(**changes)
+
+
+@pytest.mark.parametrize("head_group", [1, 4])
+def test_the_reference_gives_what_the_general_path_gives(head_group):
+    """Codes read back, sinks restored, reordered and rotated back, turned by RoPE, and attended to."""
+    arguments = small(head_group=head_group, padding=(3,), sinks=4)
+    query, key, value, held, mask, *_, scale, softcap, _ = arguments
+    order, matrix, mixing, _, size, angles, _ = held.key_map
+    actual = rotatekv.decode_before_rope(*flat(arguments))
+    parts = held.history[0], held.history[1].abs(), held.history[2]
+    keys = rotatekv.dequantize(*parts, 2, 32, 4, torch.float32)
+    values = rotatekv.dequantize(*held.history[3:], 2, 32, 4, torch.float32)
+    exact_keys, exact_values, tokens = held.sinks
+    keys = rotatekv.restore_sinks(keys, exact_keys, tokens.long())
+    values = rotatekv.restore_sinks(values, exact_values, tokens.long())
+    sorting = torch.argsort(order[0].long())
+    keys = rotatekv.rotate(keys, torch.kron(mixing, matrix)[None], sorting, True)
+    turn = (held.position - 20 + torch.arange(21)).double().T * angles[16:]
+    cos, sin = (torch.cat([x, x], -1).float() for x in (turn.cos(), turn.sin()))
+    swapped = torch.cat([-keys[..., 16:], keys[..., :16]], -1)
+    keys = size * (keys * cos + swapped * sin)
+    expected = rotatekv.attend(query, keys, values, mask[:, None, None], scale, softcap, None, True)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"counted": True}, {"window": 8, "slack": 2}])
+def test_opcheck(changes):
+    arguments = small(**changes)
+    for x in [*arguments[3].history, *arguments[3].recent]:
+        x.nan_to_num_(0.0) if x.is_floating_point() else None
+    torch.library.opcheck(rotatekv.decode_before_rope.default, tuple(flat(arguments)))
+
+
+def test_a_key_map_of_the_other_op_is_refused():
+    arguments = small()
+    arguments[3] = dataclasses.replace(arguments[3], key_map=arguments[3].key_map[:5])
+    with pytest.raises(ConfigError, match="decode_before_rope: key_map has 5 tensors; use 7"):
+        rotatekv.decode_before_rope(*flat(arguments))
+
+
+@needs_kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", marked(CASES, QUICK))
+def test_the_kernels_match_the_reference(name):
+    from rotatekv_fx.kernels.attention import before_rope as kernels
+
+    arguments = build(**CASES[name])
+    expected_arguments, actual_arguments = copied(arguments), copied(arguments, DEVICE)
+    expected = reference.decode_before_rope(expected_arguments[0].float(), *expected_arguments[1:])
+    actual = kernels.decode_before_rope(*actual_arguments)
+    assert not actual.isnan().any()
+    assert relative(actual, expected) < (3e-3 if actual.dtype is torch.bfloat16 else 1.5e-3)
+    for kind in ("history", "recent"):
+        after, wanted_after = (getattr(a[3], kind) for a in (actual_arguments, expected_arguments))
+        for now, wanted in zip(after, wanted_after, strict=True):
+            torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_lengths_share_compiled_kernels():
+    from rotatekv_fx.kernels.attention import before_rope as kernels
+
+    def compiled():
+        return sum(len(caches[0]) for caches in kernels.before_rope_kernel.device_caches.values())
+
+    counts = []
+    for length in (100, 16, 65, 1):
+        kernels.decode_before_rope(*copied(build(length=length, sinks=1), DEVICE))
+        counts.append(compiled())
+    assert counts[0] > 0
+    assert counts == counts[:1] * len(counts)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_graph_replays_what_eager_computes():
+    from rotatekv_fx.kernels.attention import before_rope as kernels
+
+    arguments = copied(build(counted=True), DEVICE)
+    eager, captured = copied(arguments, DEVICE), copied(arguments, DEVICE)
+    expected = kernels.decode_before_rope(*eager)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = kernels.decode_before_rope(*captured)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
+    for now, wanted in zip(captured[3].history, eager[3].history, strict=True):
+        torch.testing.assert_close(now, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+# Whole models: decoding by the op gives what reading everything back gives.
+
+MODELS = {
+    "llama": ("llama", {}),
+    "llama, window": ("llama", {"window": 6, "slack": 2}),
+    "heads of their own norm": ("qwen3", {}),
+    "two kinds of RoPE, sliding": ("gemma3_text", {}),
+    "partial RoPE": ("gpt_neox", {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decoding_by_the_op_gives_the_logits_of_the_general_path(name, monkeypatch):
+    model, settings = MODELS[name]
+    packed = zoo.packed(model, "paper", 2, sinks=4, **settings)
+    assert all("decode_before_rope" in site.lowered for site in rk.report(packed).sites)
+    ids, mask = zoo.prompt(length=24)
+    longer = torch.cat([mask, mask.new_ones(len(ids), 8)], 1)
+    new = torch.randint(1, 50, (len(ids), 8), generator=torch.Generator().manual_seed(3))
+    calls = []
+    op = rotatekv.decode_before_rope
+
+    def logits():
+        cache, found = DynamicCache(config=packed.config), []
+        packed(ids, attention_mask=mask, position_ids=zoo.positions_of(mask), past_key_values=cache)
+        for step in range(8):
+            seen = longer[:, : 25 + step]
+            found.append(
+                packed(
+                    new[:, step : step + 1], attention_mask=seen, past_key_values=cache,
+                    position_ids=zoo.positions_of(seen)[:, -1:],
+                ).logits
+            )  # fmt: skip
+        return torch.cat(found, 1)
+
+    def counting(*args):
+        calls.append(1)
+        return op(*args)
+
+    with torch.no_grad():
+        monkeypatch.setattr(rotatekv, "decode_before_rope", counting)
+        by_the_op = logits()
+        assert len(calls) == 16
+        monkeypatch.setattr(PackedLayer, "decodes", lambda *_: False)
+        assert zoo.relative(by_the_op, logits()) < 1e-4
+        assert len(calls) == 16
