@@ -321,7 +321,8 @@ def decode_before_rope(
     heads, value_dim = key.shape[1], value.shape[3]
     query, key, value = (x.contiguous() for x in (query, key, value))
     mask = None if mask is None else mask.contiguous()
-    history, sinks, position, window = held.history, held.sinks, held.position, held.window
+    history, sinks, window = held.history, held.sinks, held.window
+    position = held.position.contiguous()
     counter = position if held.count is None else held.count
     codes = quantizing(key, value, held, transforms=False)
     before, after = (0, codes.programs) if window else (codes.programs, 0)
