@@ -2,7 +2,7 @@
 
     python -m benchmarks.multi_gpu --out benchmarks/results
 
-Tokens must be those of one device. Takes about five minutes on a machine with two GPUs, most of them spent
+Tokens must be those of one device. Takes about four minutes on a machine with two GPUs, most of them spent
 on compiling kernels; with --device cpu the tensor-parallel part runs on two CPU processes. Writes
 multi_gpu.json after each part, with the reason where a part failed. device_map needs accelerate.
 """

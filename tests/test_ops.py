@@ -1,5 +1,6 @@
 """How the ops behave in torch: registration, tracing, compiling, autograd, and what runs them."""
 
+import contextlib
 import sys
 import types
 
@@ -252,7 +253,11 @@ def test_a_named_triton_kernel_serves_cuda_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "some_kernels", module)
     monkeypatch.setitem(ops.TRITON_KERNELS, "store", "some_kernels:fast_store")
     assert ops.lowered_to("store", "cuda") == "triton"
-    assert ops.implementation("store", "cuda")() == "fast"
+    devices: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext(devices.append(d)))
+    x = torch.zeros(1)
+    assert ops.implementation("store", "cuda")(x) == "fast"
+    assert devices == [x.device]  # a kernel is launched on its tensors' device
     assert ops.lowered_to("store", "cpu") == "reference"
     assert ops.implementation("store", "cpu") is ops.REFERENCES["store"]
 
