@@ -185,7 +185,7 @@ def test_graphs_are_readable(dumped):
     assert "rotatekv.select_sinks" in sinks
     assert "rotatekv.attend" in lowered
     assert "rotatekv_capture" not in lowered
-    assert len(set(texts)) == len(texts) - 1  # nothing is fused in recipe `paper`
+    assert len(set(texts)) == len(texts)
 
 
 def test_dumping_changes_nothing(dumped, packed, tmp_path):

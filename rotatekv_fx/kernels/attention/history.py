@@ -269,7 +269,7 @@ def attend_history(
         if WRAPS:
             origin = origin * 0
             slot = (n0 + tokens) % capacity
-        seen = data[0].to(tl.float32) > 0.0
+        seen = (data[0].to(tl.float32) < 0.0) == 0  # a bad token, whose scale is NaN, is seen
         if MASKED:
             seen = seen & (data[2 * (KG + VG)] != 0)
         # A token's weight has its largest value scale in it: fp16 holds the product, whatever the scale.

@@ -133,7 +133,7 @@ def decode(
     scores = scores + rotated[..., channels : channels + 2 * pairs] @ waves.transpose(-1, -2)
     values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
     last_coded = newest - window
-    visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
+    visible = (numbers >= 0) & (numbers <= last_coded) & ~(history[1][:, 0] < 0.0)  # NaN is shown
     columns = [(scores, values, numbers.expand(batch, -1), visible)]
     for keys, values, numbers, visible in _exact_columns(batch, held):
         columns.append((rows @ keys.transpose(-1, -2), values, numbers, visible))
@@ -174,7 +174,7 @@ def decode_before_rope(
     numbers = _history_numbers(held.capacity, last_coded, held.wraps, query.device).expand(batch, -1)
     keys = dequantize(*history[:3], held.key_bits, held.key_group, heads, torch.float32)
     values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
-    visible = (numbers >= 0) & (numbers <= last_coded) & (history[1][:, 0] > 0.0)
+    visible = (numbers >= 0) & (numbers <= last_coded) & ~(history[1][:, 0] < 0.0)  # NaN is shown
     stretches = [(keys, values, numbers, visible), *_exact_columns(batch, held)]
     columns = [(scores_of(k, n), v, n, visible) for k, v, n, visible in stretches]
     out = _weighted(columns, held, mask, mask_offset, sliding, scale, softcap, sink_logits)

@@ -212,7 +212,7 @@ def decode(
     parts = query.new_empty((batch * units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * units, count_parts, rows, 2), dtype=torch.float32)
     out = query.new_empty((batch, 1, query_heads, value_dim))
-    recent_keys, recent_values = held.recent or (key, value)
+    recent_keys, recent_values = held.recent or sinks[:2] or (key, value)  # of the sinks' dtype
     sink_keys, sink_values, sink_tokens = sinks or (recent_keys, recent_values, position)
     shown = position if mask is None else mask.view(torch.int8)
     key_words = history[0].shape[3] // 2
