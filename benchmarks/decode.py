@@ -5,6 +5,7 @@
 The timed region of ours is query transform, append, attention and combine; of SDPA, attention alone. Each
 sequence has a cache of its own, and short contexts rotate through copies until they are past the L2 cache.
 Every row's output is first compared with the fp32 reference on the same codes; a row that is off has no time.
+The sweep "paper" is of that recipe, whose keys are rotated back and turned by RoPE while they are read.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
+from rotatekv_fx.kernels.attention.before_rope import decode_before_rope
 from rotatekv_fx.kernels.attention.triton import decode
+from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.held import Held
 
-WINDOW, SLACK, SINKS, PAIRS = 64, 32, 20, 32
+WINDOW, SLACK, SINKS, PAIRS, HEAD_GROUP = 64, 32, 20, 32, 4
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 ERROR_LIMIT = 0.01
 
@@ -88,15 +91,63 @@ def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
     return [query, key, value, held, None, 0, 0, d**-0.5, 0.0, None]
 
 
-def error_of(arguments: list) -> float:
+def paper_arguments(shape: Shape) -> list[object]:
+    """Arguments of `decode_before_rope` for a filled cache of random codes: recipe `paper`, 2 bits."""
+    b, h, d, bits, group = shape.batch, shape.heads, shape.dim, 2, 128
+    device = torch.device("cuda")
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device=device)
+
+    history = []
+    for _ in range(2):
+        sizes = (b, h * d // group, shape.context)
+        history += [
+            torch.randint(0, 256, (*sizes, group * bits // 8), dtype=torch.uint8, device=device),
+            (torch.rand(sizes, device=device) * 0.4 + 0.4).half(),
+            torch.randint(1, 3, sizes, dtype=torch.int16, device=device),
+        ]
+    tokens = torch.arange(SINKS, device=device, dtype=torch.int32).expand(b, -1).contiguous()
+    sinks = [randn(b, h, SINKS, d).bfloat16(), randn(b, h, SINKS, d).bfloat16(), tokens]
+    history[1][:, :, :SINKS] *= -1
+    half = torch.arange(d // 2).double()
+    theta = 500000.0 ** -(half / len(half))
+    angles = torch.cat([-theta, theta])
+    steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles
+    key_map = [
+        torch.randperm(h * d, device=device).int()[None],
+        hadamard(d, torch.float32).sign() / 16,
+        hadamard(HEAD_GROUP, torch.float32) * 16 / d**0.5,
+        torch.cat([half + d // 2, half]).int(),
+        torch.ones(d),
+        angles,
+        torch.cat([steps.cos(), steps.sin()], -1).half(),
+    ]
+    count = torch.tensor(shape.context - 1, device=device)
+    held = Held(
+        history, [], sinks, [t.to(device) for t in key_map], count.view(1, 1).clone(), count, 0, bits, bits,
+        group, group, 0.8, 0.8, "zero_point", 0, False,
+    )  # fmt: skip
+    new = [randn(b, n, 1, d).bfloat16() for n in (shape.query_heads, h, h)]
+    return [*new, held, None, 0, 0, d**-0.5, 0.0, None]
+
+
+# recipe -> arguments of its op, the reference, the kernels
+RECIPES = {
+    "centered": (packed_arguments, reference.decode, decode),
+    "paper": (paper_arguments, reference.decode_before_rope, decode_before_rope),
+}
+
+
+def error_of(arguments: list, plain: Callable[..., torch.Tensor], run: Callable[..., torch.Tensor]) -> float:
     """Relative RMS error of the first sequence's output, against the fp32 reference on the same codes."""
     query, key, value, held, *rest = arguments
     history, recent, sinks = (
         [t[:1].clone() for t in group] for group in (held.history, held.recent, held.sinks)
     )
     first = dataclasses.replace(held, history=history, recent=recent, sinks=sinks)
-    expected = reference.decode(query[:1].float(), key[:1], value[:1], first, *rest)
-    actual = decode(*arguments)[:1].float()
+    expected = plain(query[:1].float(), key[:1], value[:1], first, *rest)
+    actual = run(*arguments)[:1].float()
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -161,16 +212,17 @@ def copies_for(nbytes: int) -> int:
     return max(1, min(64, -(-3 * cache // nbytes)))
 
 
-def measure(shape: Shape) -> dict[str, object]:
+def measure(shape: Shape, recipe: str) -> dict[str, object]:
     """One row: times, error, and bytes a second."""
     torch.manual_seed(0)
+    build, plain, run = RECIPES[recipe]
     packed_bytes = shape.bytes16 * 2.25 / 16
-    row: dict[str, object] = dataclasses.asdict(shape)
-    arguments = packed_arguments(shape)
-    row["error"] = error_of(arguments)
+    row: dict[str, object] = {"recipe": recipe, **dataclasses.asdict(shape)}
+    arguments = build(shape)
+    row["error"] = error_of(arguments, plain, run)
     if row["error"] < ERROR_LIMIT:
-        runs = [arguments] + [packed_arguments(shape) for _ in range(copies_for(int(packed_bytes)) - 1)]
-        ours = seconds([lambda a=a: decode(*a) for a in runs])
+        runs = [arguments] + [build(shape) for _ in range(copies_for(int(packed_bytes)) - 1)]
+        ours = seconds([lambda a=a: run(*a) for a in runs])
         row |= {"microseconds": ours * 1e6, "packed_terabytes_per_second": packed_bytes / ours / 1e12}
         del runs
     del arguments
@@ -197,6 +249,7 @@ SWEEPS = {
     "batch 8k": [Shape(b, 32, 8, 8192) for b in (1, 2, 4, 8, 16, 32, 64, 128)],
     "batch 32k": [Shape(b, 32, 8, 32768) for b in (1, 2, 4, 8, 16, 32)],
     "heads": [Shape(16, 32, h, 8192) for h in (32, 8, 4)],
+    "paper": [Shape(16, 32, 8, 32768), Shape(1, 32, 8, 131072), Shape(64, 32, 8, 8192)],
 }
 
 
@@ -206,7 +259,7 @@ def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option
     rows = []
     for name in sweep:
         for shape in SWEEPS[name]:
-            row = {"sweep": name, **measure(shape)}
+            row = {"sweep": name, **measure(shape, "paper" if name == "paper" else "centered")}
             rows.append(row)
             print(
                 f"{name:10} B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context}: "
@@ -227,6 +280,7 @@ def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option
             "position_pairs": PAIRS,
             "head_group": 1,
         },
+        "paper": {"window": 0, "sinks": SINKS, "head_group": HEAD_GROUP},
         "rows": rows,
     }
     (out / "decode.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -432,7 +432,9 @@ def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime, device_type: str) -> se
 def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:
     dtype = site.hidden_example.dtype
     exact = exact_dtype(dtype, statistics)
-    key = Codec(plan.key_quantizer, site.kv_heads, dtype)
+    order = plan.key.order if plan.before_rope and plan.key is not None else None
+    places = None if order is None else order.argsort()  # codes lie in the order of rotated channels
+    key = Codec(plan.key_quantizer, site.kv_heads, dtype, places)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
     return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)
 

@@ -29,10 +29,11 @@ CASES = {
     "sixteen query heads": {"query_heads": 64},
     "six sequences": {"batch": 6, "length": 70, "capacity": 80},
     "dim 64, heads share a group": {"dim": 64},
-    "dim 96": {"dim": 96, "group": 32},
-    "3 bits": {"bits": (3, 3)},
+    "3-bit values": {"bits": (2, 3)},
     "4 and 8 bits": {"bits": (4, 8)},
-    "group 32": {"group": 32},
+    "8 and 4 bits": {"bits": (8, 4)},
+    "group 64": {"group": 64},
+    "dim 32, group 128": {"dim": 32},
     "midpoints": {"scheme": "midpoint"},
     "window": {"window": 24, "slack": 4},
     "no sinks": {"sinks": 0},
@@ -46,7 +47,15 @@ CASES = {
     "half": {"dtype": torch.float16},
     "single": {"dtype": torch.float32},
 }
-QUICK = ("grouped", "two units", "dim 64, heads share a group", "3 bits", "window", "left padding", "sliding")
+QUICK = (
+    "grouped",
+    "two units",
+    "dim 64, heads share a group",
+    "3-bit values",
+    "window",
+    "left padding",
+    "sliding",
+)
 
 
 def build(
@@ -63,9 +72,8 @@ def build(
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
-    power = dim & -dim
-    matrix = torch.block_diag(*[hadamard(power, torch.float32) * power**0.5] * (dim // power))
-    mixing = (torch.linalg.qr(randn(head_group, head_group))[0] / power**0.5).contiguous()
+    matrix = hadamard(dim, torch.float32).sign() / 8
+    mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
     half = torch.arange(dim // 2)
     theta = 10000.0 ** -(half.double() / len(half))
     key_map = [
@@ -148,7 +156,7 @@ def test_the_reference_gives_what_the_general_path_gives(head_group):
     order, matrix, mixing, _, size, angles, _ = held.key_map
     actual = rotatekv.decode_before_rope(*flat(arguments))
     parts = held.history[0], held.history[1].abs(), held.history[2]
-    keys = rotatekv.dequantize(*parts, 2, 32, 4, torch.float32)
+    keys = rotatekv.dequantize(*parts, 2, 32, 4, torch.float32, order[0].long())
     values = rotatekv.dequantize(*held.history[3:], 2, 32, 4, torch.float32)
     exact_keys, exact_values, tokens = held.sinks
     keys = rotatekv.restore_sinks(keys, exact_keys, tokens.long())

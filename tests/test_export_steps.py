@@ -8,7 +8,7 @@ from zoo import one_thread  # noqa: F401
 
 import rotatekv_fx as rk
 from rotatekv_fx.export.generation import Decoder
-from rotatekv_fx.kernels.quantize.reference import unpack
+from rotatekv_fx.kernels.quantize.reference import pack, unpack
 
 TOLERANCE = 1e-4  # of logits, in fp32
 STEPS = (20, 12, *[1] * 64)
@@ -30,6 +30,11 @@ def stored(layer, name, count):
     numbers = layer.history.columns("cpu")
     held = (numbers >= 0) & (numbers >= count - (layer.sliding_window if layer.is_sliding else count))
     tensor = parts[("codes", "scale", "offset").index(part)][:, :, : len(layer.history)][:, :, held]
+    codec = layer.spec.key if side == "key" else layer.spec.value
+    if part == "codes" and codec.order is not None:  # the graph's codes lie in their groups
+        bits, group = codec.quantizer.bits, codec.quantizer.group
+        codes = unpack(tensor, bits, group).transpose(1, 2).flatten(2)[..., codec.order.argsort()]
+        tensor = pack(codes.unflatten(2, (-1, group)).transpose(1, 2), bits)
     return (tensor.abs() if part == "scale" else tensor).movedim(2, 0), numbers[held]
 
 

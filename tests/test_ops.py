@@ -56,6 +56,11 @@ def samples():
             (*buffers(2, 1, 7, 64, 2, scheme), strided, torch.tensor([6, 0, 3]), 2, 64, 0.8, scheme),
         )
         yield "append", (*buffers(1, 3, 5, 12, 3, scheme), wide, torch.tensor([1, 2]), 3, 12, 1.0, scheme)
+    packed = rotatekv.quantize(x, 2, 32, 1.0, "zero_point", order)
+    yield "quantize", (x, 2, 32, 1.0, "zero_point", order)
+    yield "dequantize", (*packed, 2, 32, 4, torch.float32, order)
+    slots = torch.tensor([6, 0, 3])
+    yield "append", (*buffers(2, 2, 7, 32, 2, "zero_point"), x, slots, 2, 32, 0.8, "zero_point", order)
     yield "store", (torch.zeros(2, 4, 7, 16), strided, torch.tensor([6, 0, 3]))
     yield "store", (torch.zeros(1, 3, 5, 12, dtype=torch.float16), wide, torch.tensor([1, 2]))
     query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8)

@@ -291,6 +291,19 @@ def poisoned_buffers(batch, groups, slots, group, bits, scheme):
     )
 
 
+@pytest.mark.parametrize(("bits", "group"), [(2, 8), (3, 16), (4, 32)])
+def test_codes_may_lie_in_another_order(bits, group):
+    """Groups, scales and offsets stay; place p holds the code of channel order[p]."""
+    g = torch.Generator().manual_seed(0)
+    x, order = torch.randn(2, 4, 5, 16, generator=g), torch.randperm(64, generator=g)
+    plain, placed = (quantize(x, bits, group, 0.8, "zero_point", o) for o in (None, order))
+    levels, moved = (unpack(parts[0], bits, group).transpose(1, 2).flatten(2) for parts in (plain, placed))
+    assert torch.equal(moved, levels[..., order])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1:], placed[1:], strict=True))
+    read = dequantize(*placed, bits, group, 4, torch.float32, order)
+    assert torch.equal(read, dequantize(*plain, bits, group, 4, torch.float32))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(
     ("bits", "heads", "dim", "group"), [(2, 4, 18, 24), (3, 2, 65, 65), (4, 3, 24, 36), (8, 2, 64, 128)]

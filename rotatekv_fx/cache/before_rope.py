@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rotatekv_fx.cache.keymap import TABLE_TOKENS, in_words, turned_pairs
 from rotatekv_fx.cache.positions import PositionPlan
-from rotatekv_fx.recipes.base import LayerPlan, LayerShape
+from rotatekv_fx.recipes.base import LayerPlan, LayerShape, Quantizer, hadamard
 from rotatekv_fx.rope import Rope
 
 ops = torch.ops.rotatekv
@@ -18,6 +18,7 @@ NAMES = tuple(
 )
 _MOST_ROWS = 64  # query rows of a unit of heads
 _LEAST_DIM = 16  # a tensor-core step
+_MOST_PARTS = 16  # of a head's channels
 _SAME = 1e-6  # by which two angles of a pair may differ
 
 
@@ -49,14 +50,15 @@ def key_map_before_rope(
 
     Returns:
         Nothing where keys are stored after RoPE, the positions are no ids, RoPE does not turn pairs by fixed
-        angles, the rotation is not one of heads times one of channels, or the kernels do not take the sizes.
+        angles, the rotation is not one of heads times a Walsh-Hadamard one of channels, or the kernels do not
+        take bits and sizes: 3 bits, or a head or group that is no power of two.
     """
     dim, heads, transform = shape.head_dim, shape.kv_heads, plan.key
     quantizers = (plan.key_quantizer, plan.value_quantizer)
     if not plan.before_rope or transform is None or transform.inverse.shape[0] != 1 or None in quantizers:
         return {}
     block = transform.inverse.shape[-1]
-    if block % dim or dim < _LEAST_DIM or not all(map(in_words, quantizers)):
+    if block % dim or not all(map(in_words, quantizers)) or not _in_parts(plan.key_quantizer, dim, block):
         return {}
     if block // dim * shape.query_heads // heads > _MOST_ROWS:
         return {}
@@ -85,15 +87,25 @@ def key_map_before_rope(
     return dict(zip(NAMES, tensors, strict=True))
 
 
+def _in_parts(quantizer: Quantizer, dim: int, block: int) -> bool:
+    """Whether heads that are rotated together have their codes beside whole groups, each head's in a few
+    parts of as many words.
+    """
+    group, bits = quantizer.group, quantizer.bits
+    sizes = (dim, group)
+    if dim < _LEAST_DIM or block % group or bits == 3 or any(x & (x - 1) for x in sizes):
+        return False
+    shared = max(1, group // dim)
+    return 8 // bits % shared == 0 and dim * 16 // (group * bits) <= _MOST_PARTS
+
+
 def _factors(inverse: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:
-    """mixing [G, G] and matrix [dim, dim] whose Kronecker product is `inverse`, the matrix of numbers that 16
-    bits hold; or None where there are none.
+    """mixing [G, G] and matrix [dim, dim] whose Kronecker product is `inverse`, the matrix a Walsh-Hadamard
+    one times a power of two; or None where there are none.
     """
     count = inverse.shape[0] // dim
     blocks = inverse.cpu().reshape(count, dim, count, dim).transpose(1, 2)
-    matrix = blocks[0, 0] / blocks[0, 0].abs().max()
-    # a Hadamard matrix' entries become a power of two that keeps products near what they are
-    matrix = (matrix * 2.0 ** -round(dim.bit_length() / 2)).contiguous()
+    # a power of two that keeps products near what they are
+    matrix = (hadamard(dim).sign() * 2.0 ** -round(dim.bit_length() / 2)).contiguous()
     mixing = ((blocks * matrix).sum((2, 3)) / matrix.square().sum()).contiguous()
-    exact = torch.equal(matrix, matrix.to(torch.bfloat16).double())
-    return (mixing, matrix) if exact and torch.allclose(torch.kron(mixing, matrix), inverse.cpu()) else None
+    return (mixing, matrix) if torch.allclose(torch.kron(mixing, matrix), inverse.cpu()) else None

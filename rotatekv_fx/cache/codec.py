@@ -24,28 +24,32 @@ class Codec:
     Attributes:
         heads: H.
         dtype: of what is read back.
+        order: the channel whose code lies in each place (op `quantize`), or None.
     """
 
     quantizer: Quantizer | None
     heads: int
     dtype: torch.dtype
+    order: Tensor | None = None
+
+    def on(self, device: torch.device) -> Codec:
+        """The codec for tensors of a device."""
+        return self if self.order is None else dataclasses.replace(self, order=self.order.to(device))
 
     def encode(self, x: Tensor) -> Parts:
         """[B, H, S, D] -> stored tensors."""
         if self.quantizer is None:
             return (x,)
         q = self.quantizer
-        return ops.quantize(x, q.bits, q.group, q.clip, q.scheme)
+        return ops.quantize(x, q.bits, q.group, q.clip, q.scheme, self.order)
 
     def decode(self, parts: Parts) -> Tensor:
         """Stored tensors -> [B, H, N, D]."""
         if self.quantizer is None:
             return parts[0]
-        codes, scale, offset = parts
+        q, (codes, scale, offset) = self.quantizer, parts
         # a negative scale hides a sink's codes from `decode`; a token that was one is read from them
-        return ops.dequantize(
-            codes, scale.abs(), offset, self.quantizer.bits, self.quantizer.group, self.heads, self.dtype
-        )
+        return ops.dequantize(codes, scale.abs(), offset, q.bits, q.group, self.heads, self.dtype, self.order)
 
     def write(self, parts: Parts, x: Tensor, slots: Tensor) -> None:
         """Store [B, H, S, D] in place at token slots int64 [S]."""
@@ -53,7 +57,7 @@ class Codec:
             ops.store(parts[0], x, slots)
         else:
             q = self.quantizer
-            ops.append(*parts, x, slots, q.bits, q.group, q.clip, q.scheme)
+            ops.append(*parts, x, slots, q.bits, q.group, q.clip, q.scheme, self.order)
 
 
 def as_it_is(x: Tensor) -> Codec:

@@ -154,7 +154,8 @@ class PackedLayer:
         """
         self.dtype, self.device, self.batch_size = key.dtype, key.device, key.shape[0]
         self.keys = self.values = key.new_empty(0)  # models ask transformers' layers how much these hold
-        spec, capacity = self.spec, self._capacity()
+        spec = self.spec = dataclasses.replace(self.spec, key=self.spec.key.on(key.device))
+        capacity = self._capacity()
         self.window = spec.window if capacity is None else min(spec.window, capacity)
         exact = tuple(as_exact(x, spec.exact_dtype) for x in (key, value))
         codes = None if capacity is None else capacity - self.window + self._ahead()

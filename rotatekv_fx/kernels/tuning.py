@@ -8,7 +8,8 @@ import functools
 import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
-BEFORE_ROPE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
+SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
+SCORE_REGISTERS = 168  # three programs a multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +82,10 @@ def decode_choice(
     return DecodeChoice(tile, 2, -(-tiles // each))
 
 
-def before_rope_splits(device: torch.device, units: int, capacity: int) -> int:
-    """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE:
-    four programs a multiprocessor at least, while there are tiles for each.
+def score_splits(device: torch.device, units: int, capacity: int) -> int:
+    """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE: as
+    many programs as run at once, or several times as many where that is not near a whole number a unit.
     """
-    tiles = max(1, -(-capacity // BEFORE_ROPE_TILE))
-    splits = max(1, min(-(-4 * _multiprocessors(device) // units), tiles))
-    return -(-tiles // -(-tiles // splits))
+    wave, tiles = 3 * _multiprocessors(device), max(1, -(-capacity // SCORE_TILE))
+    splits = wave // units if 4 * units <= wave else -(-4 * wave // units)
+    return -(-tiles // -(-tiles // min(splits, tiles)))

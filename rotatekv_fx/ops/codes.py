@@ -21,10 +21,7 @@ def _check_rotate(x: Tensor, matrix: Tensor, order: Tensor | None, inverse: bool
             f"rotate: matrix has shape {list(matrix.shape)} for {channels} channels; use [n, m, m] with "
             "n * m channels, or [1, m, m] with m a divisor of the channels."
         )
-    if order is not None:
-        check_ranks("rotate", 1, order=order)
-        check_int64("rotate", "order", order)
-        check_equal("rotate", "entries of order and channels", order.shape[0], channels, "use a permutation")
+    _check_order("rotate", order, channels)
 
 
 @declare(
@@ -53,7 +50,22 @@ def _rotate(x: Tensor, matrix: Tensor, order: Tensor | None, inverse: bool) -> T
     return x.new_empty(x.shape)
 
 
-def _check_quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str, op: str = "quantize") -> None:
+def _check_order(op: str, order: Tensor | None, channels: int) -> None:
+    if order is not None:
+        check_ranks(op, 1, order=order)
+        check_int64(op, "order", order)
+        check_equal(op, "entries of order and channels", order.shape[0], channels, "use a permutation")
+
+
+def _check_quantize(
+    x: Tensor,
+    bits: int,
+    group: int,
+    clip: float,
+    scheme: str,
+    order: Tensor | None = None,
+    op: str = "quantize",
+) -> None:
     check_ranks(op, 4, x=x)
     check_code(op, bits, group)
     channels = x.shape[1] * x.shape[3]
@@ -65,15 +77,18 @@ def _check_quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str, 
         raise ConfigError(f"{op}: clip is {clip}; use a number above 0 and at most 1.")
     if scheme not in quantizer.SCHEMES:
         raise ConfigError(f"{op}: scheme is {scheme!r}; use one of {quantizer.SCHEMES}.")
+    _check_order(op, order, channels)
 
 
 @declare(
-    "quantize(Tensor x, int bits, int group, float clip, str scheme) "
+    "quantize(Tensor x, int bits, int group, float clip, str scheme, Tensor? order=None) "
     "-> (Tensor codes, Tensor scale, Tensor offset)",
     reference=quantizer.quantize,
     check=_check_quantize,
 )
-def _quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize(
+    x: Tensor, bits: int, group: int, clip: float, scheme: str, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and offset of every group of every token.
 
     With top = 2^bits - 1, mid = (max + min) / 2 and half = (max - min) / 2 of a group:
@@ -99,6 +114,9 @@ def _quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tup
         group: consecutive flattened channels that share a scale; divides H * D into Ng groups.
         clip: share of the group's range that the codes span, in (0, 1].
         scheme: "zero_point" or "midpoint".
+        order: int64 [H * D], a permutation: place p of the bytes (p // group is the group it lies with) holds
+            the code of flattened channel order[p]; scales and offsets stay with the groups of channels. None
+            for places that are the channels.
 
     Returns:
         codes: uint8 [B, Ng, S, packed_bytes(group, bits)].
@@ -173,29 +191,44 @@ def _check_packed(op: str, codes: Tensor, scale: Tensor, offset: Tensor, bits: i
 
 
 def _check_dequantize(
-    codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, heads: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group: int,
+    heads: int,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
 ) -> None:
     check_code("dequantize", bits, group)
     _check_packed("dequantize", codes, scale, offset, bits, group)
     channels = codes.shape[1] * group
     if heads < 1 or channels % heads:
         raise ConfigError(f"dequantize: heads is {heads} for {channels} channels; use a divisor.")
+    _check_order("dequantize", order, channels)
 
 
 @declare(
-    "dequantize(Tensor codes, Tensor scale, Tensor offset, int bits, int group, int heads, ScalarType dtype) "
-    "-> Tensor",
+    "dequantize(Tensor codes, Tensor scale, Tensor offset, int bits, int group, int heads, ScalarType dtype, "
+    "Tensor? order=None) -> Tensor",
     reference=quantizer.dequantize,
     check=_check_dequantize,
 )
 def _dequantize(
-    codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, heads: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group: int,
+    heads: int,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Values of packed groups: s * (q - z) where offset is int16, lo + s * q where it is fp16.
 
     Args:
         codes, scale, offset: as `quantize` returns them.
-        bits, group: as given to `quantize`.
+        bits, group, order: as given to `quantize`.
         heads: H.
         dtype: of the result; the arithmetic is fp32.
 
@@ -226,8 +259,9 @@ def _check_append(
     group: int,
     clip: float,
     scheme: str,
+    order: Tensor | None = None,
 ) -> None:
-    _check_quantize(x, bits, group, clip, scheme, op="append")
+    _check_quantize(x, bits, group, clip, scheme, order, op="append")
     _check_packed("append", codes, scale, offset, bits, group)
     check_slots("append", slots, x)
     groups = x.shape[1] * x.shape[3] // group
@@ -242,7 +276,7 @@ def _check_append(
 
 @declare(
     "append(Tensor(a!) codes, Tensor(b!) scale, Tensor(c!) offset, Tensor x, Tensor slots, "
-    "int bits, int group, float clip, str scheme) -> ()",
+    "int bits, int group, float clip, str scheme, Tensor? order=None) -> ()",
     reference=quantizer.append,
     check=_check_append,
 )
@@ -256,6 +290,7 @@ def _append(
     group: int,
     clip: float,
     scheme: str,
+    order: Tensor | None = None,
 ) -> None:
     """Quantizes tokens into their slots of packed buffers, in place; other slots stay as they are.
 
@@ -264,7 +299,7 @@ def _append(
         scale, offset: its scales and offsets, [B, Ng, N].
         x: [B, H, S, D].
         slots: int64 [S], distinct, each in [0, N).
-        bits, group, clip, scheme: as in `quantize`.
+        bits, group, clip, scheme, order: as in `quantize`.
 
     Raises:
         ConfigError: the buffers, x and slots do not fit.

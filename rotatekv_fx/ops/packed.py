@@ -15,9 +15,10 @@ Their tensors come in groups, as a cache layer holds them (N slots, Ng groups of
   score with a query q is (q @ rotation) . [y, cos(p t), sin(p t)].
 
 `decode_before_rope` has a key_map of its own, for keys that are stored before RoPE, rotated over G
-neighbouring heads and reordered over all channels: order int32 [1, Hkv * D], the stored channel of each
-rotated one; matrix fp32 [D, D] and mixing fp32 [G, G], whose Kronecker product mixing x matrix undoes the
-rotation (the matrix of numbers that 16 bits hold); and RoPE, which turns channel c at position p with its
+neighbouring heads and reordered over all channels, whose codes lie in the order before (`order` of the op
+`quantize`): order int32 [1, Hkv * D], the stored channel of each rotated one; matrix fp32 [D, D], a
+Walsh-Hadamard one times a power of two, and mixing fp32 [G, G], whose Kronecker product mixing x matrix
+undoes the rotation; and RoPE, which turns channel c at position p with its
 partner c': partner int32 [D], size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a tile's cosines
 and sines. With k the key rotated back, a score is the sum over c of
 size_c k_c (q_c cos(p t_c) - q_c' sin(p t_c)).

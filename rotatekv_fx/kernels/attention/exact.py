@@ -42,12 +42,16 @@ def attend_exact(
     batch, unit, tile, part, newest, earliest,
     query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
-    scale, softcap, units, ring, out_ptr, weight_ptr,
+    scale, softcap, units, ring, score_ptr, columns, out_ptr, weight_ptr,
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
-    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, EXACT: tl.constexpr, SCORED: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Weights and values of one tile of sinks that left the window, or of the window's tokens."""
+    """Weights and values of one tile of sinks that left the window, or of the window's tokens.
+
+    Where a query row has `columns` of scores at `score_ptr`, those of these tokens are the last.
+    """
     rows = tl.arange(0, M)
     channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
     inside = rows < R
@@ -62,32 +66,40 @@ def attend_exact(
     for u in tl.static_range(U):
         head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
         own = inside & (rows // REPEATS == u)
-        key_words = key_words + (
-            tl.load(
-                keys + head * D + slot[:, None] * D + channel[None, :],
-                mask=seen[:, None] & (channel < D)[None, :], other=0.0,
-            ),
-        )  # fmt: skip
+        if not SCORED:
+            key_words = key_words + (
+                tl.load(
+                    keys + head * D + slot[:, None] * D + channel[None, :],
+                    mask=seen[:, None] & (channel < D)[None, :], other=0.0,
+                ),
+            )  # fmt: skip
+            queries = queries + (
+                tl.load(
+                    query_ptr + row[None, :] * D + channel[:, None],
+                    mask=own[None, :] & (channel < D)[:, None], other=0.0,
+                ),
+            )  # fmt: skip
         value_words = value_words + (
             tl.load(
                 values + head * DV + slot[None, :] * DV + value_channel[:, None],
                 mask=seen[None, :] & (value_channel < DV)[:, None], other=0.0,
             ),
         )  # fmt: skip
-        queries = queries + (
-            tl.load(
-                query_ptr + row[None, :] * D + channel[:, None],
-                mask=own[None, :] & (channel < D)[:, None], other=0.0,
-            ),
-        )  # fmt: skip
+    if SCORED:
+        column = columns - EXACT * NE + tile * NE + tl.arange(0, NE)
+        scores = tl.load(
+            score_ptr + row[None, :] * columns + column[:, None], mask=inside[None, :], other=HIDDEN
+        )
     tl.debug_barrier()  # so that all loads are under way before the first is waited for
-    scores = tl.zeros([NE, M], tl.float32)
-    for u in tl.static_range(U):
-        if query_ptr.dtype.element_ty == recent_keys.dtype.element_ty and not INTERPRETED:
-            scores = tl.dot(key_words[u], queries[u], scores)
-        else:
-            scores = product(key_words[u], queries[u].to(tl.float32), scores)
-    scores = capped(scores * (scale * LOG2E), softcap, SOFTCAP)
+    if not SCORED:
+        scores = tl.zeros([NE, M], tl.float32)
+        for u in tl.static_range(U):
+            if query_ptr.dtype.element_ty == recent_keys.dtype.element_ty and not INTERPRETED:
+                scores = tl.dot(key_words[u], queries[u], scores)
+            else:
+                scores = product(key_words[u], queries[u].to(tl.float32), scores)
+        scores = scores * (scale * LOG2E)
+    scores = capped(scores, softcap, SOFTCAP)
     scores = tl.where(seen[:, None], scores, HIDDEN)
     highest = tl.maximum(tl.max(scores, 0), LOWEST)
     weights = tl.exp2(scores - highest[None, :])

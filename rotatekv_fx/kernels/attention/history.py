@@ -157,7 +157,7 @@ def attend_history(
     batch, unit, split, splits, part, first, last,
     rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
     mask_ptr, mask_stride, mask_offset, mask_columns,
-    position, angle_ptr, table_ptr, softcap, capacity, units, out_ptr, weight_ptr,
+    position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr, DV: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
@@ -165,7 +165,11 @@ def attend_history(
     PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
     WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Weights and values of one share of the history."""
+    """Weights and values of one share of the history.
+
+    `columns` is 0, or what a row has of scores that are made already: `rotated_ptr` then points at them, and
+    there are no key groups (KG is 0).
+    """
     # Words of a group, padded to a tensor-core step; 3-bit codes are a 2-bit plane and a 1-bit plane.
     KLOW: tl.constexpr = 2 if KBITS == 3 else KBITS
     VLOW: tl.constexpr = 2 if VBITS == 3 else VBITS
@@ -179,7 +183,8 @@ def attend_history(
     kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
     CHANNELS: tl.constexpr = KG * KGROUP
     WIDTH: tl.constexpr = CHANNELS + 2 * PAIRS
-    row_ptr = rotated_ptr + ((batch * units + unit) * R + rows).to(tl.int64) * WIDTH
+    row = ((batch * units + unit) * R + rows).to(tl.int64)
+    row_ptr = rotated_ptr + row * (WIDTH if KG > 0 else columns)
     inside = rows < R
 
     # Tiles start at multiples of N, so that scales are read in pairs.
@@ -213,7 +218,7 @@ def attend_history(
         gdc_wait()  # for what `step_kernel` writes: rotated queries, the ring, codes if there is no window
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-        mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
+        mask_columns, capacity, KG, VG, N, WRAPS, MASKED and KG > 0,
     )  # fmt: skip
     if PAIRS > 0:
         from_cos = tl.load(row_ptr[None, :] + CHANNELS + pair[:, None], mask=inside[None, :], other=0.0)
@@ -269,16 +274,23 @@ def attend_history(
         if WRAPS:
             origin = origin * 0
             slot = (n0 + tokens) % capacity
-        seen = (data[0].to(tl.float32) < 0.0) == 0  # a bad token, whose scale is NaN, is seen
-        if MASKED:
-            seen = seen & (data[2 * (KG + VG)] != 0)
+        scores = tl.zeros([N, M], tl.float32)
+        if KG == 0:
+            scores = tl.load(
+                row_ptr[None, :] + (origin + slot)[:, None],
+                mask=(held & (n0 + tokens >= first))[:, None] & inside[None, :], other=HIDDEN,
+            )  # fmt: skip
+            seen = (tl.max(scores, 1) < LOWEST) == 0  # a bad token's scores are NaN, and seen
+        else:
+            seen = (data[0].to(tl.float32) < 0.0) == 0  # and so is its scale
+            if MASKED:
+                seen = seen & (data[2 * (KG + VG)] != 0)
         # A token's weight has its largest value scale in it: fp16 holds the product, whatever the scale.
         widest = _shown(data[2 * KG], seen, 1.0, MASKED)
         for g in tl.static_range(1, VG):
             widest = tl.maximum(widest, _shown(data[2 * (KG + g)], seen, 1.0, MASKED))
         raised = tl.where(seen, _fast_log2(widest), HIDDEN)
         lowered = _fast_inverse(widest)
-        scores = tl.zeros([N, M], tl.float32)
         if PAIRS > 0:
             scores = tl.dot(table_cos, by_cos.to(tl.float16), scores)
             scores = tl.dot(table_sin, by_sin.to(tl.float16), scores)
@@ -317,7 +329,7 @@ def attend_history(
         total = total * fade + _by_residue(weights * lowered[:, None], N, M)
         coming = _token_data(
             n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-            mask_columns, capacity, KG, VG, N, WRAPS, MASKED,
+            mask_columns, capacity, KG, VG, N, WRAPS, MASKED and KG > 0,
         )  # fmt: skip
         new_accumulators = ()
         new_offsets = ()

@@ -172,7 +172,8 @@ def decode_before_rope(
         return by_cos @ on_cos.transpose(-1, -2) + by_sin @ on_sin.transpose(-1, -2)
 
     numbers = _history_numbers(held.capacity, last_coded, held.wraps, query.device).expand(batch, -1)
-    keys = dequantize(*history[:3], held.key_bits, held.key_group, heads, torch.float32)
+    coded = (held.key_bits, held.key_group, heads, torch.float32, order[0].long())
+    keys = dequantize(*history[:3], *coded)
     values = dequantize(*history[3:], held.value_bits, held.value_group, heads, torch.float32)
     visible = (numbers >= 0) & (numbers <= last_coded) & ~(history[1][:, 0] < 0.0)  # NaN is shown
     stretches = [(keys, values, numbers, visible), *_exact_columns(batch, held)]
@@ -263,13 +264,14 @@ def _store(key: Tensor, value: Tensor, held: Held, transforms: bool) -> None:
     else:
         key_out, value_out = (x[:, :, new - leaving :].float() for x in (key, value))
     coded = _transformed(key_out, numbers, held, start + new - 1) if transforms else key_out
+    places = None if transforms else held.key_map[0][0].long()
     # Tokens without a slot are written where a real one is written after them.
     placed = (numbers >= 0) if wraps else (numbers >= 0) & (numbers < capacity)
     slots = torch.where(placed, numbers % capacity if wraps else numbers, 0)
     order = torch.argsort(placed.to(torch.uint8), stable=True)
     kept = order if isinstance(start, Tensor) else order[int((~placed).sum()) :]
     parts = (
-        *quantize(coded, held.key_bits, held.key_group, held.key_clip, held.scheme),
+        *quantize(coded, held.key_bits, held.key_group, held.key_clip, held.scheme, places),
         *quantize(value_out, held.value_bits, held.value_group, held.value_clip, held.scheme),
     )
     if held.sinks:

@@ -12,6 +12,7 @@ of the unit, and the rows' own head picks its share of the values at the end.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -26,7 +27,7 @@ from rotatekv_fx.kernels.attention.history import attend_history
 from rotatekv_fx.kernels.attention.scores import HIDDEN, LOG2E, LOWEST
 from rotatekv_fx.kernels.held import Held
 from rotatekv_fx.kernels.quantize.programs import quantize_program
-from rotatekv_fx.kernels.quantize.triton import launch_step, quantizing
+from rotatekv_fx.kernels.quantize.triton import Quantizing, launch_step, quantizing
 
 
 @triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride"])
@@ -36,7 +37,7 @@ def decode_kernel(
     recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
     position_ptr, position_stride, angle_ptr, table_ptr,
-    scale, softcap, units, out_ptr, weight_ptr,
+    scale, softcap, columns, units, out_ptr, weight_ptr,
     COUNTED: tl.constexpr, R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
@@ -48,8 +49,10 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid (B * units, splits + tiles): shares of the history first, then tiles of exact tokens.
 
-    `number` is the new token's (read from `count_ptr` where COUNTED). out fp32 [B, units, parts, R, DV],
-    weights fp32 [B, units, parts, R, 2]: each part's base, in units of log 2, and its sum of weights.
+    `number` is the new token's (read from `count_ptr` where COUNTED). `rotated_ptr` has rotated queries; or,
+    where there are no key groups (KG is 0), `columns` of scores a query row.
+    out fp32 [B, units, parts, R, DV], weights fp32 [B, units, parts, R, 2]: each part's base, in units of
+    log 2, and its sum of weights.
     """
     EXACT: tl.constexpr = (SINKS + NE - 1) // NE + (WINDOW + NE - 1) // NE
     if DEPENDENT:
@@ -72,7 +75,7 @@ def decode_kernel(
             earliest, tl.maximum(newest + 1 - WINDOW, earliest),
             rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
             mask_ptr, mask_stride, mask_offset, mask_columns,
-            position, angle_ptr, table_ptr, softcap, capacity, units, out_ptr, weight_ptr,
+            position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
             R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP, CP,
             PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT,
         )  # fmt: skip
@@ -83,8 +86,8 @@ def decode_kernel(
             batch, unit, split - splits, part, newest, earliest,
             query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
             mask_ptr, mask_stride, mask_offset, mask_columns,
-            scale, softcap, units, ring, out_ptr, weight_ptr,
-            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, MASKED, SOFTCAP,
+            scale, softcap, units, ring, rotated_ptr, columns, out_ptr, weight_ptr,
+            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP,
         )  # fmt: skip
 
 
@@ -169,6 +172,54 @@ def finish_kernel(
         )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What kernels read of a packed layer beside its history; others stand in for what there is not.
+
+    Attributes:
+        counter, position: of the new token, and the way from one sequence's position to the next one's.
+        recent, sinks: exact tokens, of the same dtype.
+        shown: the mask as bytes, and the way from one sequence's row to the next one's.
+        sink_count, exact_tile, exact_tiles: how many sinks, and how exact tokens are cut into tiles.
+    """
+
+    counter: Tensor
+    position: Tensor
+    position_stride: int
+    recent: tuple[Tensor, Tensor]
+    sinks: tuple[Tensor, Tensor, Tensor]
+    shown: Tensor
+    shown_stride: int
+    shown_columns: int
+    masked: bool
+    sink_count: int
+    exact_tile: int
+    exact_tiles: int
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor, held: Held, mask: Tensor | None, exact_tile: int) -> Parts:
+        """Of a new token's contiguous key and value, a layer and its mask."""
+        position = held.position.contiguous()
+        sinks = tuple(held.sinks)
+        recent = tuple(held.recent) or sinks[:2] or (key, value)
+        shown = position if mask is None else mask.contiguous().view(torch.int8)
+        count = sinks[2].shape[1] if sinks else 0
+        return cls(
+            position if held.count is None else held.count,
+            position,
+            0 if position.shape[0] == 1 else 1,
+            recent,
+            sinks or (*recent, position),
+            shown,
+            0 if mask is None or mask.shape[0] == 1 else shown.stride(0),
+            0 if mask is None else mask.shape[1],
+            mask is not None,
+            count,
+            exact_tile,
+            triton.cdiv(count, exact_tile) + triton.cdiv(held.window, exact_tile),
+        )
+
+
 def decode(
     query: Tensor,
     key: Tensor,
@@ -183,63 +234,89 @@ def decode(
 ) -> Tensor:
     """The op `rotatekv::decode` (`rotatekv_fx.ops` describes it), in three launches."""
     batch, query_heads, _, dim = query.shape
-    value_dim = value.shape[3]
     query, key, value = (x.contiguous() for x in (query, key, value))
-    mask = None if mask is None else mask.contiguous()
-    history, sinks, window = held.history, held.sinks, held.window
-    position = held.position.contiguous()
-    counter = position if held.count is None else held.count
-    _, _, rotation, angles, table = held.key_map
-    width = rotation.shape[2]
-    rotated = query.new_empty((batch, query_heads, width), dtype=torch.float32)
-    dependent = tuning.dependent_launch(query.device)
-    launch = {"launch_pdl": True} if dependent else {}
+    rotated = query.new_empty((batch, query_heads, held.key_map[2].shape[2]), dtype=torch.float32)
     codes = quantizing(key, value, held)
-    before, after = (0, codes.programs) if window else (codes.programs, 0)
+    before, after = (0, codes.programs) if held.window else (codes.programs, 0)
     launch_step(
-        codes, held, 1 if held.recent else 0, before, query, rotated, scale * math.log2(math.e), dependent
+        codes, held, 1 if held.recent else 0, before, query, rotated, scale * math.log2(math.e),
+        tuning.dependent_launch(query.device),
+    )  # fmt: skip
+    parts = Parts.of(key, value, held, mask, 32 if held.unit_heads(key) == 1 and dim <= 128 else 16)
+    return attend(
+        query, value, held, parts, codes, after, rotated, mask_offset, sliding, scale, softcap, sink_logits
     )
-    units, unit_heads = held.units, held.unit_heads(key)
-    key_groups, value_groups = held.unit_groups(key, value)
-    repeats = query_heads // key.shape[1]
+
+
+def attend(
+    query: Tensor,
+    value: Tensor,
+    held: Held,
+    parts: Parts,
+    codes: Quantizing,
+    after: int,
+    rotated: Tensor,
+    mask_offset: int,
+    sliding: int,
+    scale: float,
+    softcap: float,
+    sink_logits: Tensor | None,
+    scored: bool = False,
+) -> Tensor:
+    """The last two launches: attend to the layer, and quantize by `after` programs of `codes`.
+
+    Args:
+        rotated: fp32 [B, Hq, C + 2P] queries, rotated and scaled; or, where `scored`, [B, Hq, N + exact]
+            scores of the history's slots and of the exact tokens in tiles, in units of log 2.
+        others: as in `decode`.
+    """
+    batch, query_heads, _, dim = query.shape
+    heads, value_dim = value.shape[1], value.shape[3]
+    dependent = tuning.dependent_launch(query.device) and not scored
+    launch = {"launch_pdl": True} if dependent else {}
+    history = held.history
+    if scored:
+        unit_heads = math.lcm(held.value_group, value_dim) // value_dim
+        key_groups, angles, table, columns = 0, parts.position, parts.position, rotated.shape[2]
+    else:
+        unit_heads = heads // held.units
+        key_groups, columns = unit_heads * dim // held.key_group, 0
+        angles, table = held.key_map[3:]
+    units, pairs = heads // unit_heads, 0 if scored else len(angles)
+    value_groups = unit_heads * value_dim // held.value_group
+    repeats = query_heads // heads
     rows = unit_heads * repeats
-    sink_count = sinks[2].shape[1] if sinks else 0
-    exact_tile = 32 if unit_heads == 1 and dim <= 128 else 16
-    exact_tiles = triton.cdiv(sink_count, exact_tile) + triton.cdiv(window, exact_tile)
     channels = max(key_groups * held.key_group, value_groups * held.value_group)
-    choice = tuning.decode_choice(query.device, batch * units, held.capacity, rows, channels, exact_tiles)
-    count_parts = choice.splits + exact_tiles
-    parts = query.new_empty((batch * units, count_parts, rows, value_dim), dtype=torch.float32)
+    choice = tuning.decode_choice(
+        query.device, batch * units, held.capacity, rows, channels, parts.exact_tiles
+    )
+    count_parts = choice.splits + parts.exact_tiles
+    out_parts = query.new_empty((batch * units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * units, count_parts, rows, 2), dtype=torch.float32)
     out = query.new_empty((batch, 1, query_heads, value_dim))
-    recent_keys, recent_values = held.recent or sinks[:2] or (key, value)  # of the sinks' dtype
-    sink_keys, sink_values, sink_tokens = sinks or (recent_keys, recent_values, position)
-    shown = position if mask is None else mask.view(torch.int8)
-    key_words = history[0].shape[3] // 2
-    value_words = history[3].shape[3] // 2
     decode_kernel[(batch * units, count_parts)](
-        counter, held.number, query, rotated,
+        parts.counter, held.number, query, rotated,
         history[0].view(torch.int16), history[1], history[2],
         history[3].view(torch.int16), history[4], history[5], held.capacity,
-        recent_keys, recent_values, recent_keys.shape[2], sink_keys, sink_values, sink_tokens,
-        shown, 0 if mask is None or mask.shape[0] == 1 else mask.stride(0), mask_offset,
-        0 if mask is None else mask.shape[1],
-        position, 0 if position.shape[0] == 1 else 1, angles, table,
-        scale, softcap, units, parts, weights,
+        *parts.recent, parts.recent[0].shape[2], *parts.sinks,
+        parts.shown, parts.shown_stride, mask_offset, parts.shown_columns,
+        parts.position, parts.position_stride, angles, table,
+        scale, softcap, columns, units, out_parts, weights,
         COUNTED=held.count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
         U=unit_heads, REPEATS=repeats,
         D=dim, DV=value_dim, DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
         KG=key_groups, VG=value_groups, KGROUP=held.key_group, VGROUP=held.value_group,
-        KBITS=held.key_bits, VBITS=held.value_bits, KWORDS=key_words, VWORDS=value_words,
+        KBITS=held.key_bits, VBITS=held.value_bits, KWORDS=history[0].shape[3] // 2,
+        VWORDS=history[3].shape[3] // 2,
         KWP=_tensor_step(held.key_group, held.key_bits), VWP=_tensor_step(held.value_group, held.value_bits),
-        CP=triton.next_power_of_2(key_groups * held.key_group), PAIRS=len(angles), SINKS=sink_count,
-        WINDOW=window, SLIDING=sliding, N=choice.tile, NE=exact_tile, STAGES=choice.stages,
-        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=mask is not None, SOFTCAP=softcap != 0.0,
+        CP=triton.next_power_of_2(max(1, key_groups * held.key_group)), PAIRS=pairs, SINKS=parts.sink_count,
+        WINDOW=held.window, SLIDING=sliding, N=choice.tile, NE=parts.exact_tile, STAGES=choice.stages,
+        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked, SOFTCAP=softcap != 0.0,
         DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
     block, columns = tuning.combine_block(count_parts, value_dim)
     finish_kernel[(after + batch * query_heads * triton.cdiv(value_dim, columns),)](
-        counter, held.number, after, parts, weights,
+        parts.counter, held.number, after, out_parts, weights,
         weights if sink_logits is None else sink_logits, out, count_parts, rows, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=after > 0,
         HAS_LOGITS=0 if sink_logits is None else query_heads, BLOCK=block, COLUMNS=columns,

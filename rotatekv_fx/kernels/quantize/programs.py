@@ -48,18 +48,17 @@ def _half_scale(scale):
 
 
 @triton.jit
-def _levels(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
-    """Codes [rows, channels] in fp32, scale and offset [rows] of one group (formulas: op `quantize`)."""
+def _grid(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
+    """Scale, offset and flatness [rows, 1] of a group y, fp32 [rows, channels] (formulas: op `quantize`)."""
     TOP: tl.constexpr = (1 << BITS) - 1
-    high = tl.max(tl.where(real[None, :], y, -float("inf")), 1)
-    low = tl.min(tl.where(real[None, :], y, float("inf")), 1)
+    high = tl.max(tl.where(real[None, :], y, -float("inf")), 1)[:, None]
+    low = tl.min(tl.where(real[None, :], y, float("inf")), 1)[:, None]
     mid = (high + low) / 2
     flat = (high > low) == 0
     if MIDPOINT:
         reach = clip * (high - low) / 2
         scale = _half_scale(tl.div_rn(2.0 * reach, TOP))
         offset = tl.minimum(tl.maximum(mid - reach, -_HALF_MAX), _HALF_MAX).to(tl.float16).to(tl.float32)
-        codes = _round(tl.div_rn(y - offset[:, None], tl.broadcast_to(scale[:, None], y.shape)))
     else:
         scale = _half_scale(tl.div_rn(clip * high - clip * low, TOP))
         offset = _round(tl.minimum(tl.maximum(tl.div_rn(-clip * low, scale), -1.0e6), 1.0e6))
@@ -67,9 +66,19 @@ def _levels(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
         scale = tl.where(flat, _half_scale(tl.abs(mid)), scale)
         sign = tl.where(mid > 0.5 * scale, 1.0, 0.0) - tl.where(mid < -0.5 * scale, 1.0, 0.0)
         offset = tl.where(flat, -sign, offset)
-        codes = _round(tl.div_rn(y, tl.broadcast_to(scale[:, None], y.shape))) + offset[:, None]
-    codes = tl.where(flat[:, None], 0.0, tl.minimum(tl.maximum(codes, 0.0), TOP * 1.0))
-    return codes, scale, offset
+    return scale, offset, flat
+
+
+@triton.jit
+def _levels(y, scale, offset, flat, BITS: tl.constexpr, MIDPOINT: tl.constexpr):
+    """Codes [rows, channels] in fp32, by the grids of the channels' groups."""
+    TOP: tl.constexpr = (1 << BITS) - 1
+    scale = tl.broadcast_to(scale, y.shape)
+    if MIDPOINT:
+        codes = _round(tl.div_rn(y - offset, scale))
+    else:
+        codes = _round(tl.div_rn(y, scale)) + offset
+    return tl.where(flat, 0.0, tl.minimum(tl.maximum(codes, 0.0), TOP * 1.0))
 
 
 @triton.jit
@@ -135,6 +144,24 @@ def _rows_of(
 
 
 @triton.jit
+def _as_it_is(
+    source, first_head, number, start, inside, real, new_ptr, new_tokens, ring_ptr, ring, D: tl.constexpr
+):  # fmt: skip
+    """Flattened channels `source` of tokens [rows], new ones or from the ring: fp32 [rows, channels]."""
+    head = first_head[:, None] + (source // D)[None, :]
+    inner, is_new = inside[:, None] & real[None, :], (number >= start)[:, None]
+    y = tl.load(
+        new_ptr + (head * new_tokens + (number - start)[:, None]) * D + (source % D)[None, :],
+        mask=inner & is_new, other=0.0,
+    ).to(tl.float32)  # fmt: skip
+    held = tl.load(
+        ring_ptr + (head * ring + (number % ring)[:, None]) * D + (source % D)[None, :],
+        mask=inner & (is_new == 0), other=0.0,
+    )  # fmt: skip
+    return y + held.to(tl.float32)
+
+
+@triton.jit
 def _transformed(
     unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
     new_ptr, new_tokens, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
@@ -193,9 +220,13 @@ def _quantize_group(
     U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
     SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
-    WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr,
+    ORDERED: tl.constexpr, WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one quantization group: gather, transform, quantize, pack, store."""
+    """Rows of one quantization group: gather, transform, quantize, pack, store.
+
+    Where channels are ORDERED, their codes have other places than their groups (op `quantize`); the order is
+    at `matrix_ptr`.
+    """
     PBITS: tl.constexpr = 2 if BITS == 3 else BITS
     PLANES: tl.constexpr = 8 // PBITS
     row = block * ROWS + tl.arange(0, ROWS)
@@ -222,19 +253,33 @@ def _quantize_group(
             angle_ptr, position_ptr, position_stride, units, U, D, DP, GROUPS * GROUP, ROWS, PAIRS, LAG,
         )  # fmt: skip
     else:
-        flat = group * GROUP + channel
-        head = batch[:, None] * (units * U) + unit * U + (flat // D)[None, :]
-        inner = inside[:, None] & real[None, :]
-        is_new = number >= start
-        y = tl.load(
-            new_ptr + (head * new_tokens + (number - start)[:, None]) * D + (flat % D)[None, :],
-            mask=inner & is_new[:, None], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-        y += tl.load(
-            ring_ptr + (head * ring + (number % ring)[:, None]) * D + (flat % D)[None, :],
-            mask=inner & (is_new == 0)[:, None], other=0.0,
-        ).to(tl.float32)  # fmt: skip
-    codes, scale, offset = _levels(y, real, BITS, clip, MIDPOINT)
+        source = group * GROUP + channel
+        if ORDERED:
+            source = tl.load(matrix_ptr + source, mask=real, other=0)
+        first_head = batch * (units * U) + unit * U
+        y = _as_it_is(source, first_head, number, start, inside, real, new_ptr, new_tokens, ring_ptr, ring, D)
+    if ORDERED:
+        # codes of this group's places, by the grids of all groups
+        scale, offset, flat = y * 0.0, y * 0.0, y != y
+        own_scale = tl.zeros([ROWS, 1], tl.float32)
+        own_offset = own_scale
+        for g in range(GROUPS):
+            x = _as_it_is(
+                g * GROUP + channel, first_head, number, start, inside, real, new_ptr, new_tokens, ring_ptr,
+                ring, D,
+            )  # fmt: skip
+            of_group, shift, level = _grid(x, real, BITS, clip, MIDPOINT)
+            here = (source // GROUP == g)[None, :]
+            scale, offset = tl.where(here, of_group, scale), tl.where(here, shift, offset)
+            flat = tl.where(here, level, flat)
+            own_scale = tl.where(g == group, of_group, own_scale)
+            own_offset = tl.where(g == group, shift, own_offset)
+        codes = _levels(y, scale, offset, flat, BITS, MIDPOINT)
+        scale, offset = own_scale, own_offset
+    else:
+        scale, offset, flat = _grid(y, real, BITS, clip, MIDPOINT)
+        codes = _levels(y, scale, offset, flat, BITS, MIDPOINT)
+    scale, offset = tl.sum(scale, 1), tl.sum(offset, 1)
     codes = tl.where(real[None, :], codes, 0.0).to(tl.int32)
     slot = number
     if WRAPS:
@@ -277,7 +322,7 @@ def quantize_program(
             first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
             new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
-            MIDPOINT, TRANSFORM, WRAPS, True, LAG,
+            MIDPOINT, TRANSFORM, not TRANSFORM, WRAPS, True, LAG,
         )  # fmt: skip
     else:
         index = program - key_programs
@@ -286,5 +331,5 @@ def quantize_program(
             first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
             units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
-            MIDPOINT, False, WRAPS, False, LAG,
+            MIDPOINT, False, False, WRAPS, False, LAG,
         )  # fmt: skip

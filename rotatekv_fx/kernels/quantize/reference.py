@@ -65,7 +65,9 @@ def _unpack_plane(packed: Tensor, width: int) -> Tensor:
     return torch.cat([(packed >> shift) & (2**width - 1) for shift in range(0, 8, width)], dim=-1)
 
 
-def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int, group: int, clip: float, scheme: str, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reference of the op `rotatekv::quantize` (`rotatekv_fx.ops` describes it)."""
     batch, heads, tokens, dim = x.shape
     values = x.float()
@@ -88,11 +90,19 @@ def quantize(x: Tensor, bits: int, group: int, clip: float, scheme: str) -> tupl
         offset = zero.to(torch.int16)
         codes = torch.round(values / scale) + zero
     codes = codes.clamp(0, top).masked_fill(flat, 0.0).to(torch.int32)
+    if order is not None:
+        codes = _rearranged(codes, order)
     return (
         pack(codes, bits).contiguous(),
         scale.squeeze(-1).to(torch.float16).contiguous(),
         offset.squeeze(-1).contiguous(),
     )
+
+
+def _rearranged(codes: Tensor, order: Tensor) -> Tensor:
+    """Codes [B, Ng, S, group], of which each place gets the one of the channel that `order` [C] names."""
+    flat = codes.transpose(1, 2).flatten(2)[..., order]
+    return flat.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
 
 
 def midpoint_grid(high: Tensor, low: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor]:
@@ -108,11 +118,19 @@ def _half_scale(scale: Tensor) -> Tensor:
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, offset: Tensor, bits: int, group: int, heads: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    bits: int,
+    group: int,
+    heads: int,
+    dtype: torch.dtype,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Reference of the op `rotatekv::dequantize` (`rotatekv_fx.ops` describes it)."""
     batch, groups, tokens, _ = codes.shape
-    levels = unpack(codes, bits, group).float()
+    levels = unpack(codes, bits, group)
+    levels = (levels if order is None else _rearranged(levels, torch.argsort(order))).float()
     step, start = scale.float()[..., None], offset.float()[..., None]
     values = step * (levels - start) if offset.dtype == torch.int16 else start + step * levels
     by_token = values.transpose(1, 2).reshape(batch, tokens, heads, groups * group // heads)
@@ -129,9 +147,11 @@ def append(
     group: int,
     clip: float,
     scheme: str,
+    order: Tensor | None = None,
 ) -> None:
     """Reference of the op `rotatekv::append` (`rotatekv_fx.ops` describes it)."""
-    for buffer, new in zip((codes, scale, offset), quantize(x, bits, group, clip, scheme), strict=True):
+    parts = quantize(x, bits, group, clip, scheme, order)
+    for buffer, new in zip((codes, scale, offset), parts, strict=True):
         buffer.index_copy_(2, slots, new)
 
 
