@@ -433,7 +433,8 @@ def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistic
     dtype = site.hidden_example.dtype
     exact = exact_dtype(dtype, statistics)
     order = plan.key.order if plan.before_rope and plan.key is not None else None
-    places = None if order is None else order.argsort()  # codes lie in the order of rotated channels
+    # codes lie in the order of rotated channels
+    places = None if order is None else order.argsort().to(site.device)
     key = Codec(plan.key_quantizer, site.kv_heads, dtype, places)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
     return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)

@@ -204,13 +204,26 @@ def test_the_kernels_match_the_reference(name):
             torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@needs_kernels
+@pytest.mark.gpu
+def test_a_bad_key_shows_in_its_sequence():
+    from rotatekv_fx.kernels.attention import before_rope as kernels
+
+    arguments = build(heads=2, head_group=2, dim=64)
+    expected = kernels.decode_before_rope(*copied(arguments, DEVICE))
+    arguments[1][0, 1, 0, 5] = float("nan")
+    actual = kernels.decode_before_rope(*copied(arguments, DEVICE))
+    assert actual[0].isnan().all()
+    assert torch.equal(actual[1], expected[1])
+
+
 @needs_gpu
 @pytest.mark.gpu
 def test_lengths_share_compiled_kernels():
     from rotatekv_fx.kernels.attention import before_rope as kernels
 
     def compiled():
-        return sum(len(caches[0]) for caches in kernels.before_rope_kernel.device_caches.values())
+        return sum(len(caches[0]) for caches in kernels.score_kernel.device_caches.values())
 
     counts = []
     for length in (100, 16, 65, 1):

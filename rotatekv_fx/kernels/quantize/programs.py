@@ -51,10 +51,11 @@ def _half_scale(scale):
 def _grid(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
     """Scale, offset and flatness [rows, 1] of a group y, fp32 [rows, channels] (formulas: op `quantize`)."""
     TOP: tl.constexpr = (1 << BITS) - 1
+    bad = tl.max(tl.where((y != y) & real[None, :], 1, 0), 1)[:, None] > 0  # a NaN spoils its group
     high = tl.max(tl.where(real[None, :], y, -float("inf")), 1)[:, None]
     low = tl.min(tl.where(real[None, :], y, float("inf")), 1)[:, None]
-    mid = (high + low) / 2
-    flat = (high > low) == 0
+    mid = tl.where(bad, float("nan"), (high + low) / 2)
+    flat = bad | ((high > low) == 0)
     if MIDPOINT:
         reach = clip * (high - low) / 2
         scale = _half_scale(tl.div_rn(2.0 * reach, TOP))
@@ -66,7 +67,7 @@ def _grid(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
         scale = tl.where(flat, _half_scale(tl.abs(mid)), scale)
         sign = tl.where(mid > 0.5 * scale, 1.0, 0.0) - tl.where(mid < -0.5 * scale, 1.0, 0.0)
         offset = tl.where(flat, -sign, offset)
-    return scale, offset, flat
+    return tl.where(bad, float("nan"), scale), offset, flat
 
 
 @triton.jit
