@@ -90,7 +90,7 @@ def measure(
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
-    start, tokens = time.perf_counter(), {}
+    start, tokens, margins = time.perf_counter(), {}, {}
     for name, options in CACHES.items():
         output = model.generate(
             prompts,
@@ -104,8 +104,11 @@ def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
             **options,
         )
         tokens[name] = [" ".join(map(str, row)) for row in output.sequences[:, PROMPT:].tolist()]
+        best, second = torch.stack(output.logits, 1).float().topk(2).values.unbind(-1)
+        margins[name] = (best - second).tolist()
     return {
         "tokens": tokens,
+        "margins": margins,
         "logits": output.logits[0].float().cpu().tolist(),
         "cache_bytes": rotatekv_fx.cache_nbytes(output.past_key_values),
         "seconds": round(time.perf_counter() - start, 2),
@@ -113,7 +116,11 @@ def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
 
 
 def compare(found: Found, one: Found) -> list[Found]:
-    """A row for each recipe: tokens, whether they are one device's, and how far the first logits are."""
+    """A row for each recipe: tokens, whether they are one device's, and how far the first logits are.
+
+    Sequences that part from one device's have the number of the first other token, and by how much (nats) one
+    device preferred its own there to the second best.
+    """
     rows = []
     for name, result in found.items():
         a, b = (torch.tensor(r["logits"]) for r in (result, one[name]))
@@ -121,6 +128,7 @@ def compare(found: Found, one: Found) -> list[Found]:
             {
                 "recipe": name,
                 "tokens_equal": {c: result["tokens"][c] == one[name]["tokens"][c] for c in CACHES},
+                "partings": {c: list(_partings(result, one[name], c)) for c in CACHES},
                 "logits_error": float((a - b).norm() / b.norm()),
                 "cache_bytes": result["cache_bytes"],
                 "merged_projections": result.get("merged"),
@@ -129,6 +137,15 @@ def compare(found: Found, one: Found) -> list[Found]:
             }
         )
     return rows
+
+
+def _partings(result: Found, one: Found, cache: str) -> Iterator[tuple[int, float]]:
+    rows = zip(result["tokens"][cache], one["tokens"][cache], one["margins"][cache], strict=True)
+    for found, expected, margins in rows:
+        pairs = zip(found.split(), expected.split(), strict=True)
+        step = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if step is not None:
+            yield step, margins[step]
 
 
 def on_one(device: torch.device) -> PreTrainedModel:
@@ -268,7 +285,7 @@ def main(
             rows = compare({recipe: result for recipe, result in found.items() if recipe in one}, one)
             report[way] = {"error": error, "rows": rows}
             (out / "multi_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            shown = (f"{row['recipe']}: {row['tokens_equal']}, {row['logits_error']:.1e}" for row in rows)
+            shown = (f"{r['recipe']}: {r['logits_error']:.1e}, parts at {r['partings']}" for r in rows)
             print(way, error or "", *shown, sep="\n ")
     raise typer.Exit(int(any(report[way]["error"] for way in ways)))
 

@@ -330,8 +330,8 @@ def _check_statistics(site: AttentionSite, calibration: Calibration | None) -> N
     if found != expected:
         spread = f" in {processes} processes" if processes > 1 else ""
         raise CalibrationError(
-            f"layer {site.layer_index} has {expected} key heads and channels{spread}, its calibration {found}; "
-            "calibrate this model again."
+            f"layer {site.layer_index} has {expected} key heads and channels{spread}, its calibration "
+            f"{found}; calibrate this model again."
         )
 
 

@@ -40,6 +40,7 @@ class Share:
         """[Hkv, ...] of this process's heads -> [size * Hkv, ...] of all."""
         if self.group is None:
             return own
+        own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
         torch.distributed.all_gather(parts, own, group=self.group)
         return torch.cat(parts)

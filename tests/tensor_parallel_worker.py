@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node=2 tests/tensor_parallel_worker.py FOLDER
 
-FOLDER holds models, each with its calibration and another model's, both made in one process. Writes
-found.RANK: what this process found on each, compared with the whole model.
+FOLDER holds models, each with its calibration, another model's, and itself transformed, all made in one
+process. Writes found.RANK: what this process found on each, compared with the whole model.
 """
 
 import dataclasses
@@ -77,6 +77,9 @@ def compared(folder):
         found["tokens_equal"][name] = tokens == expected_tokens
         for model in (part, whole):
             rk.restore(model)
+    again = split_by_heads(folder / "transformed").eval()
+    rk.transform(whole, CONFIGS["centered, 2 bits"], given)
+    found["logits"]["saved transformed"] = zoo.relative(numbers(again)[0], numbers(whole)[0])
     half = {i: layer.of_heads(slice(0, 1)) for i, layer in given.layers.items()}
     found["refused"] = {
         "another model": refusal(part, rk.Calibration.load(folder / "other.safetensors")),

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import zoo
+from tensor_parallel_worker import CONFIGS
 from zoo import one_thread  # noqa: F401
+
+import rotatekv_fx as rk
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = ROOT / "tests" / "tensor_parallel_worker.py"
@@ -25,9 +28,13 @@ def found(tmp_path_factory):
         for seed, file in ((1, "other"), (0, "calibration")):  # the model that stays is the one of seed 0
             model = zoo.build(name, layers=1, seed=seed, num_key_value_heads=HEADS)
             model.save_pretrained(folder / name)
-            zoo.calibrated(model).save(folder / name / f"{file}.safetensors")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+            calibration = zoo.calibrated(model)
+            calibration.save(folder / name / f"{file}.safetensors")
+        rk.transform(model, CONFIGS["centered, 2 bits"], calibration).save_pretrained(
+            folder / name / "transformed"
+        )
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), str(folder)]
     done = subprocess.run(
         [sys.executable, *command], env=environment, timeout=300, capture_output=True, text=True
