@@ -80,13 +80,23 @@ class LayerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """Heads and channels of one layer's cache."""
+    """Heads and channels of one layer's cache, in this process.
+
+    `first_head` is the number of its first KV head among all that the layer's statistics are of: 0, unless
+    tensor parallelism spreads the heads over processes.
+    """
 
     layer_index: int
     kv_heads: int
     query_heads: int
     head_dim: int
     value_dim: int
+    first_head: int = 0
+
+    @property
+    def own(self) -> slice:
+        """This process's KV heads."""
+        return slice(self.first_head, self.first_head + self.kv_heads)
 
 
 class Recipe(Protocol):
