@@ -29,8 +29,9 @@ class ChannelTransform:
 
     def apply(self, x: Tensor) -> Tensor:
         """Transform float64 [..., H*D] channels."""
-        blocks = x.unflatten(-1, (-1, self.matrix.shape[-1])).unsqueeze(-2)
-        y = (blocks @ self.matrix).squeeze(-2).flatten(-2)
+        blocks = x.unflatten(-1, (-1, self.matrix.shape[-1]))
+        matrices = self.matrix.expand(blocks.shape[-2], -1, -1)
+        y = torch.einsum("...nc,ncd->...nd", blocks, matrices).flatten(-2)
         return y if self.order is None else y[..., self.order]
 
 
