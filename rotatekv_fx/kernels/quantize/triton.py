@@ -249,7 +249,8 @@ def launch_step(
         query_matrix if rotated is None else rotated, factor, repeats, heads, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
         QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent, **codes.constants,
-        num_warps=tuning.step_warps(codes.rows, quantize_programs > 0), **({"launch_pdl": True} if dependent else {}),
+        num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
