@@ -11,6 +11,7 @@ The sweep "paper" is of that recipe, whose keys are rotated back and turned by R
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -206,6 +207,43 @@ def sdpa_seconds(shape: Shape, copies: int) -> dict[str, float]:
     return times
 
 
+def flashinfer_seconds(shape: Shape, copies: int) -> float:
+    """Time of FlashInfer's decode attention on a paged cache."""
+    import flashinfer
+
+    b, h, d, page = shape.batch, shape.heads, shape.dim, 16
+    pages = shape.context // page
+    indptr = torch.arange(b + 1, device="cuda", dtype=torch.int32) * pages
+    indices = torch.arange(b * pages, device="cuda", dtype=torch.int32)
+    last = torch.full((b,), page, device="cuda", dtype=torch.int32)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device="cuda"),
+        "HND",
+        use_cuda_graph=True,
+        use_tensor_cores=shape.query_heads // h >= 4,
+        paged_kv_indptr_buffer=indptr.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=last.clone(),
+    )
+    kind = torch.bfloat16
+    wrapper.plan(indptr, indices, last, shape.query_heads, h, d, page, q_data_type=kind, kv_data_type=kind)
+    query = torch.randn(b, shape.query_heads, d, device="cuda", dtype=kind)
+    size = b * pages, 2, h, page, d
+    caches = [torch.randn(size, device="cuda", dtype=kind) for _ in range(copies)]
+    return seconds([lambda c=c: wrapper.run(query, c) for c in caches])
+
+
+@functools.cache
+def without_flashinfer() -> str:
+    """Why FlashInfer is not measured, or nothing: it may not be installed, and it is compiled on the spot."""
+    try:
+        for query_heads in (32, 8):  # with and without tensor cores
+            flashinfer_seconds(Shape(1, query_heads, 8, 1024), 1)
+    except Exception as error:  # a compiler fails in many ways
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
 def copies_for(nbytes: int) -> int:
     """Caches to rotate through, so that their bytes pass three times the L2 cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -228,7 +266,11 @@ def measure(shape: Shape, recipe: str) -> dict[str, object]:
     del arguments
     torch.cuda.empty_cache()
     times = sdpa_seconds(shape, copies_for(shape.bytes16))
+    torch.cuda.empty_cache()
     row["sdpa_microseconds"] = {k: v * 1e6 for k, v in times.items()}
+    if not without_flashinfer():
+        row["flashinfer_microseconds"] = flashinfer_seconds(shape, copies_for(shape.bytes16)) * 1e6
+        torch.cuda.empty_cache()
     best = min(times, key=times.__getitem__)
     row["best_sdpa"] = best
     row["sdpa_terabytes_per_second"] = shape.bytes16 / times[best] / 1e12
@@ -264,7 +306,8 @@ def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option
             print(
                 f"{name:10} B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context}: "
                 f"{row.get('microseconds', math.nan):.1f} us, error {row['error']:.2e}, {row['best_sdpa']} "
-                f"{min(row['sdpa_microseconds'].values()):.1f} us, x{row.get('speedup', math.nan):.2f}",
+                f"{min(row['sdpa_microseconds'].values()):.1f} us, x{row.get('speedup', math.nan):.2f}, "
+                f"FlashInfer {row.get('flashinfer_microseconds', math.nan):.1f} us",
                 flush=True,
             )
     out.mkdir(parents=True, exist_ok=True)
@@ -273,6 +316,7 @@ def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
+        "flashinfer_not_measured": without_flashinfer(),
         "recipe": {
             "window": WINDOW,
             "slack": SLACK,

@@ -2,9 +2,11 @@
 
     python -m benchmarks.multi_gpu --out benchmarks/results
 
-Tokens must be those of one device. Takes about four minutes on a machine with two GPUs, most of them spent
-on compiling kernels; with --device cpu the tensor-parallel part runs on two CPU processes. Writes
-multi_gpu.json after each part, with the reason where a part failed. device_map needs accelerate.
+Numbers must be those of one device, whose calibration serves them all, up to rounding. How far rounding
+alone takes them, the part "rounding" shows: one device again, its weights changed by their last bit. Takes
+about four minutes on a machine with two GPUs, most of them spent on compiling kernels; with --device cpu the
+tensor-parallel part runs on two CPU processes. Writes multi_gpu.json after each part, with the reason where
+a part failed. device_map needs accelerate.
 """
 
 from __future__ import annotations
@@ -30,14 +32,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rotatekv_fx
-from rotatekv_fx import RotateKVConfig
+from rotatekv_fx import Calibration, RotateKVConfig
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reference_model"
 PROMPT, NEW, BATCH = 300, 32, 2
 CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 4, 512
-# Two KV heads a process: what stays within two heads is the same on one device and on two. Rotations of
-# "centered" are fitted to statistics that differ by rounding, and codes follow; those of "quarot" are fixed.
+# Two KV heads a process: what stays within two heads is the same on one device and on two.
 WITHIN_TWO_HEADS = {"head_group": 2, "group_size": 128}
 RECIPES: dict[str, RotateKVConfig] = {
     "none": RotateKVConfig(recipe="none"),
@@ -49,6 +50,7 @@ CACHES: dict[str, dict[str, Any]] = {
     "dynamic": {},
     "static": {"cache_implementation": "static", "disable_compile": True},
 }
+CALIBRATION = "calibration.safetensors"
 LONGEST = 300  # seconds that the tensor-parallel processes may take: compiling kernels takes most of it
 Found = dict[str, Any]
 
@@ -66,12 +68,19 @@ def texts() -> tuple[Tensor, list[Tensor]]:
     return prompts, list(windows.split(CALIBRATION_LENGTH))
 
 
-def measure(load: Callable[[], PreTrainedModel], device: torch.device) -> Iterator[tuple[str, Found]]:
-    """Tokens on both caches, first logits and bytes of the cache: untransformed, and with each recipe."""
+def measure(
+    load: Callable[[], PreTrainedModel], device: torch.device, file: Path
+) -> Iterator[tuple[str, Found]]:
+    """Tokens on both caches, first logits and bytes of the cache: untransformed, and with each recipe.
+
+    The calibration is read from `file`; the first to come makes it.
+    """
     prompts, windows = texts()
     prompts, model = prompts.to(device), load()
     yield "untransformed", _run(model, prompts)
-    calibration = rotatekv_fx.calibrate(model, windows, progress=lambda done, total: None)
+    if not file.is_file():
+        rotatekv_fx.calibrate(model, windows, progress=lambda done, total: None).save(file)
+    calibration = Calibration.load(file)
     for name, config in RECIPES.items():
         rotatekv_fx.transform(model, config, None if config.recipe == "none" else calibration)
         merged = len(rotatekv_fx.report(model).sites[0].merged)
@@ -81,7 +90,7 @@ def measure(load: Callable[[], PreTrainedModel], device: torch.device) -> Iterat
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
-    start, tokens = time.perf_counter(), {}
+    start, tokens, margins = time.perf_counter(), {}, {}
     for name, options in CACHES.items():
         output = model.generate(
             prompts,
@@ -95,8 +104,11 @@ def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
             **options,
         )
         tokens[name] = [" ".join(map(str, row)) for row in output.sequences[:, PROMPT:].tolist()]
+        best, second = torch.stack(output.logits, 1).float().topk(2).values.unbind(-1)
+        margins[name] = (best - second).tolist()
     return {
         "tokens": tokens,
+        "margins": margins,
         "logits": output.logits[0].float().cpu().tolist(),
         "cache_bytes": rotatekv_fx.cache_nbytes(output.past_key_values),
         "seconds": round(time.perf_counter() - start, 2),
@@ -104,7 +116,11 @@ def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
 
 
 def compare(found: Found, one: Found) -> list[Found]:
-    """A row for each recipe: tokens, whether they are one device's, and how far the first logits are."""
+    """A row for each recipe: tokens, whether they are one device's, and how far the first logits are.
+
+    Sequences that part from one device's have the number of the first other token, and by how much (nats) one
+    device preferred its own there to the second best.
+    """
     rows = []
     for name, result in found.items():
         a, b = (torch.tensor(r["logits"]) for r in (result, one[name]))
@@ -112,6 +128,7 @@ def compare(found: Found, one: Found) -> list[Found]:
             {
                 "recipe": name,
                 "tokens_equal": {c: result["tokens"][c] == one[name]["tokens"][c] for c in CACHES},
+                "partings": {c: list(_partings(result, one[name], c)) for c in CACHES},
                 "logits_error": float((a - b).norm() / b.norm()),
                 "cache_bytes": result["cache_bytes"],
                 "merged_projections": result.get("merged"),
@@ -122,9 +139,28 @@ def compare(found: Found, one: Found) -> list[Found]:
     return rows
 
 
+def _partings(result: Found, one: Found, cache: str) -> Iterator[tuple[int, float]]:
+    rows = zip(result["tokens"][cache], one["tokens"][cache], one["margins"][cache], strict=True)
+    for found, expected, margins in rows:
+        pairs = zip(found.split(), expected.split(), strict=True)
+        step = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if step is not None:
+            yield step, margins[step]
+
+
 def on_one(device: torch.device) -> PreTrainedModel:
     """The whole model on one device."""
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device).eval()
+
+
+@torch.no_grad()
+def nudged(device: torch.device) -> PreTrainedModel:
+    """The same, with weights changed at random by a rounding of float32."""
+    model = on_one(torch.device("cpu"))
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        weight.mul_(1 + torch.finfo(weight.dtype).eps / 2 * torch.randn_like(weight))
+    return model.to(device)
 
 
 def split_by_layers() -> PreTrainedModel:
@@ -140,14 +176,14 @@ def split_by_layers() -> PreTrainedModel:
     return model
 
 
-def split_by_heads() -> PreTrainedModel:
+def split_by_heads(folder: Path = MODEL) -> PreTrainedModel:
     """This process's part of every layer.
 
     transformers asks for accelerate here, and uses nothing of it: each process has one device.
     """
     asks = "transformers.integrations.accelerate.is_accelerate_available"
     with mock.patch(asks, return_value=True):
-        return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, tp_plan="auto")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, tp_plan="auto")
 
 
 def worker(folder: Path, device: str) -> None:
@@ -158,7 +194,7 @@ def worker(folder: Path, device: str) -> None:
         torch.cuda.set_device(place)
     found: Found = {}
     try:
-        for name, result in measure(split_by_heads, place):
+        for name, result in measure(split_by_heads, place, folder / CALIBRATION):
             found[name] = result
             (folder / f"found.{rank}").write_text(json.dumps(found), encoding="utf-8")
     except Exception as error:
@@ -167,32 +203,31 @@ def worker(folder: Path, device: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def by_heads(device: str) -> Iterator[tuple[str, Found]]:
-    """Run two processes under torchrun; what the first one found.
+def by_heads(device: str, folder: Path) -> Iterator[tuple[str, Found]]:
+    """Run two processes under torchrun; what the first one found. `folder` holds one device's calibration.
 
     Raises:
         RuntimeError: a process failed.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder, failed = Path(name), ""
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __spec__.name]
-        arguments = ["--out", name, "--device", device, "--part", name]
-        process = subprocess.Popen(
-            [sys.executable, *command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            _, said = process.communicate(timeout=LONGEST)
-            failed = said[-2000:] if process.returncode else ""
-        except subprocess.TimeoutExpired:
-            failed = f"not finished after {LONGEST} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-        file = folder / "found.0"
-        yield from json.loads(file.read_text(encoding="utf-8") if file.is_file() else "{}").items()
-        errors = [f"{f.name}: {f.read_text(encoding='utf-8')}" for f in sorted(folder.glob("error.*"))]
-        if errors or failed:
-            raise RuntimeError("; ".join(errors) or failed)
+    failed = ""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", __spec__.name]
+    arguments = ["--out", str(folder), "--device", device, "--part", str(folder)]
+    process = subprocess.Popen(
+        [sys.executable, *command, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = process.communicate(timeout=LONGEST)
+        failed = said[-2000:] if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        failed = f"not finished after {LONGEST} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 9)
+    file = folder / "found.0"
+    yield from json.loads(file.read_text(encoding="utf-8") if file.is_file() else "{}").items()
+    errors = [f"{f.name}: {f.read_text(encoding='utf-8')}" for f in sorted(folder.glob("error.*"))]
+    if errors or failed:
+        raise RuntimeError("; ".join(errors) or failed)
 
 
 def _spelled(error: Exception) -> str:
@@ -229,24 +264,29 @@ def main(
         "new_tokens": NEW,
         "batch": BATCH,
     }
-    ways: dict[str, Callable[[], Iterator[tuple[str, Found]]]] = {
-        "one_device": lambda: measure(lambda: on_one(first), first),
-        "tensor_parallel": lambda: by_heads(device),
-    }
-    if device == "cuda":
-        ways["device_map"] = lambda: measure(split_by_layers, first)
     one: Found = {}
-    for way, find in ways.items():
-        found, error = one if way == "one_device" else {}, None
-        try:
-            for name, result in find():
-                found[name] = result
-        except Exception as failure:  # the other ways are still of interest
-            error = _spelled(failure)
-        rows = compare({name: result for name, result in found.items() if name in one}, one)
-        report[way] = {"error": error, "rows": rows}
-        (out / "multi_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        print(way, error or "", *(f"{row['recipe']}: {row['tokens_equal']}" for row in rows), sep="\n ")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        file = folder / CALIBRATION
+        ways: dict[str, Callable[[], Iterator[tuple[str, Found]]]] = {
+            "one_device": lambda: measure(lambda: on_one(first), first, file),
+            "tensor_parallel": lambda: by_heads(device, folder),
+            "rounding": lambda: measure(lambda: nudged(first), first, file),
+        }
+        if device == "cuda":
+            ways["device_map"] = lambda: measure(split_by_layers, first, file)
+        for way, find in ways.items():
+            found, error = one if way == "one_device" else {}, None
+            try:
+                for recipe, result in find():
+                    found[recipe] = result
+            except Exception as failure:  # the other ways are still of interest
+                error = _spelled(failure)
+            rows = compare({recipe: result for recipe, result in found.items() if recipe in one}, one)
+            report[way] = {"error": error, "rows": rows}
+            (out / "multi_gpu.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            shown = (f"{r['recipe']}: {r['logits_error']:.1e}, parts at {r['partings']}" for r in rows)
+            print(way, error or "", *shown, sep="\n ")
     raise typer.Exit(int(any(report[way]["error"] for way in ways)))
 
 

@@ -30,6 +30,7 @@ from rotatekv_fx.collect import Progress, collect
 from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.errors import CalibrationError, ConfigError, InputError, MatchError, StateError
 from rotatekv_fx.opaque import is_plain
+from rotatekv_fx.parallel import share_of
 from rotatekv_fx.passes.base import Rewrite
 from rotatekv_fx.passes.normalize import normalize
 from rotatekv_fx.passes.pipeline import dump_to, run_passes
@@ -67,7 +68,8 @@ def transform(
         model: a decoder-only model of transformers, in eval mode; returned as the same object.
         config: settings; the default is the recipe "centered" at 2 bits.
         calibration: statistics of this model. Without them, a recipe that needs some lets the model write its
-            own calibration text first, which is logged.
+            own calibration text first, which is logged. Each process of a tensor-parallel model takes the
+            whole model's, and uses its own heads' part: made on one device, it gives that device's codes.
 
     Returns:
         `model`. Its `generate` and `forward` run on the packed cache.
@@ -161,6 +163,8 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:
     """Collect the statistics that recipes need, in one pass. One calibration serves all recipes.
+
+    Processes of a tensor-parallel model call this together; each is given the whole model's calibration.
 
     Args:
         model: the untransformed model.
@@ -328,12 +332,14 @@ def _check_statistics(site: AttentionSite, calibration: Calibration | None) -> N
     if calibration is None:
         return
     layer = calibration.layers.get(site.layer_index)
-    expected = [site.kv_heads, site.head_dim]
+    processes = share_of(site).size
+    expected = [site.kv_heads * processes, site.head_dim]
     found = "no layer of that number" if layer is None else list(layer.key_sum.shape)
     if found != expected:
+        spread = f" in {processes} processes" if processes > 1 else ""
         raise CalibrationError(
-            f"layer {site.layer_index} has {expected} key heads and channels, its calibration {found}; "
-            "calibrate this model again."
+            f"layer {site.layer_index} has {expected} key heads and channels{spread}, its calibration "
+            f"{found}; calibrate this model again."
         )
 
 
@@ -353,7 +359,14 @@ def _rewrite(
 ) -> tuple[Binding, SiteReport]:
     """Run the passes over one site and collect everything that binding it needs."""
     statistics = calibration.layers.get(site.layer_index) if calibration is not None else None
-    shape = LayerShape(site.layer_index, site.kv_heads, site.query_heads, site.head_dim, site.value_dim)
+    shape = LayerShape(
+        site.layer_index,
+        site.kv_heads,
+        site.query_heads,
+        site.head_dim,
+        site.value_dim,
+        share_of(site).rank * site.kv_heads,
+    )
     plan = recipes.get(config.recipe).plan(shape, config.for_layer(site.layer_index), statistics)
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])

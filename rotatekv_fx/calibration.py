@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rotatekv_fx.errors import CalibrationError
-from rotatekv_fx.opaque import numbers
+from rotatekv_fx.opaque import whole
 
 FORMAT = "rotatekv-calibration-2"
 _SAMPLES = 512  # values of each parameter that the fingerprint reads
@@ -28,7 +28,8 @@ _NOT_THE_MODEL = (
 
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    """Sums over calibration tokens of one layer, float64, independent of any recipe.
+    """Sums over calibration tokens of one layer, float64, independent of any recipe. Hkv: all KV heads, also
+    where tensor parallelism spreads them over processes.
 
     RoPE at position n turns channel c towards its partner c': (R_n x)_c = a_c(n) x_c + b_c(n) x_c' (a = 1, b
     = 0 where it turns nothing). The moments leave out each window's first tokens, where attention sinks live.
@@ -66,6 +67,17 @@ class LayerStatistics:
     value_sum: Tensor
     value_second: Tensor
     value_weight: Tensor
+
+    def of_heads(self, own: slice) -> LayerStatistics:
+        """The same of some of the KV heads."""
+        return dataclasses.replace(self, **{name: getattr(self, name)[own] for name in PER_HEAD})
+
+
+# Statistics whose first axis is the KV heads.
+PER_HEAD = (
+    *("key_sum", "key_mean", "key_second", "key_a", "key_b"),
+    *("query_second", "value_sum", "value_second", "value_weight"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +190,10 @@ def exact_dtype(dtype: torch.dtype, statistics: LayerStatistics | None) -> torch
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Hash of a model's config and of samples of every parameter, as bfloat16 so that dtypes agree."""
+    """Hash of a model's config and of samples of every parameter, as bfloat16 so that dtypes agree.
+
+    A tensor-parallel model has the fingerprint of the whole one; its processes compute it together.
+    """
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -188,6 +203,6 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def _sample(parameter: Tensor) -> Any:
-    flat = numbers(parameter).reshape(-1)
+    flat = whole(parameter).reshape(-1)
     stride = max(1, flat.numel() // _SAMPLES)
     return flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()

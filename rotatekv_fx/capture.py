@@ -567,7 +567,9 @@ def _capture_module(
         arguments += (torch.zeros(call.past, dtype=torch.int64, device=tensors[0].device),)
         dynamic += ({0: torch.export.Dim.AUTO},)
     config = getattr(call.module, "config", model.config)
-    with _markers(config, marked) as recorded, stubbed(call.module, call.outputs), torch.no_grad():
+    # each export has sizes of its own, so what the exporter caches of an operation is never found again
+    uncached = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    with uncached, _markers(config, marked) as recorded, stubbed(call.module, call.outputs), torch.no_grad():
         program = torch.export.export(
             _Wrapped(call.module, leaves, spec, cache), arguments, dynamic_shapes=dynamic, strict=False
         )

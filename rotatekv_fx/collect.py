@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.utils.logging import tqdm
 
-from rotatekv_fx.calibration import Calibration, LayerStatistics, model_fingerprint
+from rotatekv_fx.calibration import PER_HEAD, Calibration, LayerStatistics, model_fingerprint
 from rotatekv_fx.capture import lookup
 from rotatekv_fx.errors import CalibrationError
-from rotatekv_fx.opaque import dense
+from rotatekv_fx.opaque import dense, numbers, whole
+from rotatekv_fx.parallel import Share, share_of
 from rotatekv_fx.rope import Rope, attributes
 from rotatekv_fx.sites import AttentionSite
 
@@ -47,7 +48,7 @@ class _Sums:
     """Running sums of one layer. Sums stay on the model's device in float64."""
 
     def __init__(self, site: AttentionSite):
-        self.site, self.rope = site, Rope(site)
+        self.site, self.rope, self.share = site, Rope(site), share_of(site)
         self.values: dict[str, Tensor] = {}
         self.partner: Tensor | None = None
         self.error = 0.0
@@ -72,8 +73,8 @@ class _Sums:
             self.partner, self.error = self.rope.partners(tuple(p[:1, :32] for p in positional))
         self._add("tokens", _number(key, key.shape[0] * key.shape[2]))
         self._add("key_sum", key.double().sum((0, 2)))
-        self._most("key_norm", key.double().square().sum((1, 3)).max().sqrt())
-        self._most("value_norm", value.double().square().sum((1, 3)).max().sqrt())
+        for name, heads in (("key_norm", key), ("value_norm", value)):
+            self._most(name, self.share.total(heads.double().square().sum((1, 3))).max().sqrt())
         if key.shape[2] <= SINK_TOKENS:
             return
         a, b = (
@@ -96,16 +97,19 @@ class _Sums:
             self._add("query_second", torch.einsum("bhrsd,bhrse->hde", heads, heads) / heads.shape[2])
 
     def finish(self) -> LayerStatistics:
-        """The statistics, on the CPU."""
-        values = {name: tensor.cpu() for name, tensor in self.values.items()}
+        """The statistics of all processes' heads, on the CPU."""
+        values = dict(self.values)
         heads, dim, value_dim = self.site.kv_heads, self.site.head_dim, self.site.value_dim
         if "kept" not in values:
             raise CalibrationError(
                 f"calibration windows are too short; give at least {SINK_TOKENS + 1} tokens."
             )
         values["key_mean"] = values["key_mean"] / values["kept"]
-        values.setdefault("query_second", torch.zeros(heads, dim, dim, dtype=torch.float64))
-        values["value_weight"] = _value_weight(self.site, heads, value_dim)
+        values.setdefault("query_second", values["key_second"].new_zeros(heads, dim, dim))
+        weight = _value_weight(self.site, self.share, heads, value_dim)
+        values["value_weight"] = weight.to(values["value_sum"].device)
+        values |= {name: self.share.gathered(values[name]) for name in PER_HEAD}
+        values = {name: tensor.cpu() for name, tensor in values.items()}
         values["partner"] = self.partner
         values["rope_error"] = torch.tensor(min(self.error, 1e9), dtype=torch.float64)
         return LayerStatistics(**values)
@@ -126,26 +130,27 @@ def _moment(x: Tensor, y: Tensor) -> Tensor:
     return (x.mT @ y).sum(0)
 
 
-def _value_weight(site: AttentionSite, heads: int, dim: int) -> Tensor:
+def _value_weight(site: AttentionSite, share: Share, heads: int, dim: int) -> Tensor:
     """Sum of Wo^T Wo over the query heads of each KV head."""
-    found = _output_weight(site)
+    found = _output_weight(site, share)
     if found is None:
         return torch.eye(dim, dtype=torch.float64).repeat(heads, 1, 1)
     weight, features = found
     weight = weight[:, features.to(weight.device)]
     weight = weight.double().unflatten(1, (heads, -1))  # [out, Hkv, r, Dv]
-    return torch.einsum("ohrd,ohre->hde", weight, weight).cpu()
+    return torch.einsum("ohrd,ohre->hde", weight, weight)
 
 
-def _output_weight(site: AttentionSite) -> tuple[Tensor, Tensor] | None:
+def _output_weight(site: AttentionSite, share: Share) -> tuple[Tensor, Tensor] | None:
     """The weight [out, in] of the output projection, if it can be read, and which of its inputs each channel
-    [Hq, Dv] is.
+    [Hq, Dv] is. A process with all heads may hold a part of the weight.
     """
     if (projection := site.output_projection) is not None:
         return site.capture.module.get_parameter(projection.weight).detach(), projection.features
     if (output := site.opaque_output) is None:
         return None
-    weight = dense(getattr(site.capture.module.get_submodule(output.module), "weight", None))
+    weight = getattr(site.capture.module.get_submodule(output.module), "weight", None)
+    weight = None if weight is None else dense(whole(weight) if share.group is None else numbers(weight))
     fits = weight is not None and weight.dim() == 2 and weight.shape[1] == output.features.numel()
     return (weight, output.features) if fits else None
 

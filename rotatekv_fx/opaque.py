@@ -124,10 +124,15 @@ def numbers(parameter: Tensor) -> Tensor:
     return tensor.dequantize() if tensor.is_floating_point() else tensor.as_subclass(Tensor)
 
 
-def dense(parameter: Tensor | None) -> Tensor | None:
-    """A weight as floating-point numbers, or None if it is not to be read as such."""
-    if parameter is None:
-        return None
-    tensor = numbers(parameter)
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter as `numbers` gives it, also of one that is spread over processes; these then enter
+    together.
+    """
+    tensor = parameter.detach()
+    return numbers(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+
+
+def dense(tensor: Tensor) -> Tensor | None:
+    """What `numbers` or `whole` gave of a weight, or None if these are not the weight's own numbers."""
     wide = tensor.is_floating_point() and tensor.dtype.itemsize > 1  # 8-bit numbers have scales beside them
     return tensor if wide and tensor.device.type != "meta" else None

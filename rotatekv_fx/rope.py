@@ -11,6 +11,7 @@ from rotatekv_fx.sites import AttentionSite, replay, rope_region
 
 aten = torch.ops.aten
 LINEAR = 1e-3  # relative error up to which RoPE counts as a linear map
+_AT_ONCE = 16  # unit vectors that one call of RoPE turns
 
 
 class Rope(nn.Module):
@@ -41,9 +42,9 @@ class Rope(nn.Module):
         return self.module(key, *positional)
 
     def vectors(self, x: Tensor, positional: tuple[Tensor, ...]) -> Tensor:
-        """RoPE of one vector [D] at every token: fp32 [B, S, D]."""
+        """RoPE of a vector [D], or of one for each row [B, D], at every token: fp32 [B, S, D]."""
         batch, tokens = positional[0].shape[:2]
-        key = x.float().expand(batch, self.heads, tokens, -1)
+        key = x.float()[..., None, None, :].expand(batch, self.heads, tokens, -1)
         rows = (p.float() if p.is_floating_point() else p for p in positional)
         return self(key, *rows)[:, 0].float()
 
@@ -51,7 +52,7 @@ class Rope(nn.Module):
         """Describe RoPE as (R_n x)_c = a_c(n) x_c + b_c(n) x_c'.
 
         Args:
-            positional: the positional inputs of a few tokens.
+            positional: the positional inputs of a few tokens, [1, S, ...].
 
         Returns:
             c' of each channel c, int64 [D] (c itself where nothing is turned), and the largest relative error
@@ -62,10 +63,12 @@ class Rope(nn.Module):
         if not self.turned:
             return own, 0.0
         device = positional[0].device
-        columns = torch.stack(
-            [self.vectors(e, positional)[0] for e in torch.eye(self.dim, device=device)], -1
-        )
-        weight = columns.abs().amax(0).cpu()
+        weight = torch.cat(
+            [
+                self.vectors(some, tuple(p.repeat_interleave(len(some), 0) for p in positional)).abs().amax(1)
+                for some in torch.eye(self.dim, device=device).split(_AT_ONCE)
+            ]
+        ).T.cpu()
         others = weight - torch.diag(weight.diagonal())
         partner = torch.where(others.amax(1) > 1e-4 * weight.amax(), others.argmax(1), own)
         if not torch.equal(partner[partner], own):

@@ -99,29 +99,35 @@ def test_offloaded_weights_are_refused():
 
 @pytest.mark.slow
 def test_tensor_parallel_on_two_processes(tmp_path):
-    """Tokens of two processes with half the heads each are those of one."""
+    """Numbers of two processes with half the heads each are those of one, up to rounding."""
     command = [sys.executable, "-m", "benchmarks.multi_gpu", "--out", str(tmp_path), "--device", "cpu"]
     one_thread_each = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=one_thread_each, check=True, timeout=500, capture_output=True)
-    found = json.loads((tmp_path / "multi_gpu.json").read_text())["tensor_parallel"]
+    report = json.loads((tmp_path / "multi_gpu.json").read_text())
+    found = report["tensor_parallel"]
     rows = found["rows"]
     assert found["error"] is None
     assert [row["recipe"] for row in rows] == ["untransformed", *multi_gpu.RECIPES]
-    for row in rows[:3]:
-        assert row["tokens_equal"] == {"dynamic": True, "static": True}, row
-    assert all(row["logits_error"] < 0.01 for row in rows[:4])
+    for row in rows:  # text may part where two tokens are all but equally likely
+        assert all(margin < 0.02 for parted in row["partings"].values() for _, margin in parted), row
+    for row, rounding in zip(rows, report["rounding"]["rows"], strict=True):
+        if "quarot" not in row["recipe"]:  # whose errors are of single codes
+            assert row["logits_error"] < 3 * rounding["logits_error"], row
+    assert all(row["logits_error"] < 0.02 for row in rows)
     assert rows[-1]["cache_bytes"] < rows[0]["cache_bytes"] / 5
 
 
 def test_a_part_that_fails_is_reported(tmp_path, monkeypatch):
     """And the others run all the same."""
     results = {"logits": [1.0], "tokens": {c: ["3 4"] for c in multi_gpu.CACHES}, "cache_bytes": 1}
+    results |= {"margins": {c: [[0.5, 0.25]] for c in multi_gpu.CACHES}, "seconds": 0.0}
 
-    def measure(load, device):
-        yield "untransformed", {**results, "seconds": 0.0}
+    def measure(load, device, file):
+        yield "untransformed", results
 
-    def by_heads(device):
-        yield from measure(None, device)
+    def by_heads(device, folder):
+        other = {**results, "tokens": {"dynamic": ["3 4"], "static": ["3 5"]}}
+        yield "untransformed", other
         raise RuntimeError("error.1: the second process is gone")
 
     monkeypatch.setattr(multi_gpu, "measure", measure)
@@ -132,4 +138,6 @@ def test_a_part_that_fails_is_reported(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "multi_gpu.json").read_text())
     assert found["one_device"]["error"] is None
     assert found["tensor_parallel"]["error"] == "RuntimeError: error.1: the second process is gone"
-    assert found["tensor_parallel"]["rows"][0]["tokens_equal"] == {"dynamic": True, "static": True}
+    row = found["tensor_parallel"]["rows"][0]
+    assert row["tokens_equal"] == {"dynamic": True, "static": False}
+    assert row["partings"] == {"dynamic": [], "static": [[1, 0.25]]}

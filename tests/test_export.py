@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DynamicCache
 from zoo import one_thread  # noqa: F401
 
 import rotatekv_fx as rk
+from benchmarks import onnx_quality
 from rotatekv_fx import cli
 from rotatekv_fx.errors import ConfigError, InputError, RotateKVError, StateError
 from rotatekv_fx.export import codes, columns, fold, generation
@@ -352,6 +353,23 @@ def test_columns_show_each_token_in_one_form():
         assert coded[0, 0, row].nonzero().flatten().tolist() == [n for n in range(query - 2) if n != 2]
         assert (exact[0, 0, row].nonzero().flatten() + 3).tolist() == [query - 2, query - 1, query]
         assert sinks[0, 0, row].tolist() == [True, False]
+
+
+def test_the_quality_benchmark_sees_where_graph_and_torch_part(centered):
+    model, decoder = centered
+    ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
+    models, advanced = (model, onnx_quality.changed(model)), []
+    greedy = onnx_quality.compare_tokens(models, decoder, ids[:, :16], 12, advanced.append)
+    assert greedy == {"tokens": 12, "onnxruntime": [12, 12], "control": [12, 12]}
+    rows = onnx_quality.compare_perplexity(models, decoder, list(ids.split(1)), advanced.append)
+    torch_row, control, graph = rows[:3]
+    assert torch_row["kl"] == 0.0
+    assert 0.0 < abs(graph["kl"]) < 1e-6
+    assert graph["perplexity"] == pytest.approx(torch_row["perplexity"], rel=1e-5)
+    assert control["perplexity"] == pytest.approx(torch_row["perplexity"], rel=1e-5)
+    assert advanced == [1] * 6
+    one, other = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 2, 9, 4], [5, 6, 7, 8]])
+    assert onnx_quality.agreed(one, other) == [2, 4]
 
 
 # Every architecture and recipe, other opsets and forms: long

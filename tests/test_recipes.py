@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from zoo import one_thread  # noqa: F401
@@ -116,6 +117,25 @@ def test_a_channel_transform_rotates_blocks_and_then_reorders():
     shared = ChannelTransform(blocks[:1], torch.linalg.inv(blocks[:1]))
     expected = torch.cat([part @ blocks[0] for part in x.split(4, 1)], 1)
     torch.testing.assert_close(shared.apply(x), expected)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_channel_transform_makes_nothing_larger_than_what_it_transforms(shared):
+    """Weights have thousands of rows: its matrices must not be copied for each."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            if made.is_contiguous():  # not a view that repeats
+                sizes.append(made.numel())
+            return made
+
+    matrix = torch.eye(8, dtype=torch.float64).repeat(1 if shared else 4, 1, 1)
+    x = torch.randn(32, 64, dtype=torch.float64).mT  # a weight's rows
+    with Sizes():
+        ChannelTransform(matrix, matrix).apply(x)
+    assert sizes and max(sizes) <= x.numel()
 
 
 def test_bits_of_an_element_count_scale_and_zero_point():

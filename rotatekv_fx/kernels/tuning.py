@@ -35,9 +35,11 @@ def row_block(rows: int, few: int) -> int:
     return 16 if rows < 1024 else 64
 
 
-def step_warps(rows: int) -> int:
-    """Warps of a program of `step_kernel` or `finish_kernel` that quantizes so many rows."""
-    return 8 if rows == 1 else 4
+def step_warps(rows: int, quantizes: bool) -> int:
+    """Warps of a program of `step_kernel`, which quantizes so many rows or only rotates queries."""
+    if rows > 1:
+        return 4
+    return 8 if quantizes else 2
 
 
 def combine_block(parts: int, channels: int) -> tuple[int, int]:
@@ -77,7 +79,7 @@ def decode_choice(
     exact = units * exact_tiles
     splits = (wave - exact if 16 * exact < wave else wave) // units  # or history waits for exact tiles
     tiles = max(1, -(-capacity // tile))
-    splits = min(splits, max(64, -(-tiles // 3)))  # or combining takes longer than it saves
+    splits = min(splits, max(64 - exact_tiles, -(-tiles // 3)))  # or combining takes longer than it saves
     each = -(-tiles // max(1, splits))
     return DecodeChoice(tile, 2, -(-tiles // each))
 

@@ -188,10 +188,8 @@ def _buffer(rewrite: Rewrite, name: str, tensor: Tensor) -> fx.Node:
 def _parameter(rewrite: Rewrite, name: str) -> Tensor:
     """The parameter in float64, with what earlier folds made of it."""
     if name not in rewrite.folded:
-        rewrite.folded[name] = (
-            rewrite.site.capture.module.get_parameter(name).detach().to("cpu", torch.float64)
-        )
-        rewrite.folded[name] = rewrite.folded[name].clone()
+        parameter = rewrite.site.capture.module.get_parameter(name).detach()
+        rewrite.folded[name] = parameter.to("cpu", torch.float64, copy=True)
     return rewrite.folded[name]
 
 

@@ -29,8 +29,9 @@ class ChannelTransform:
 
     def apply(self, x: Tensor) -> Tensor:
         """Transform float64 [..., H*D] channels."""
-        blocks = x.unflatten(-1, (-1, self.matrix.shape[-1])).unsqueeze(-2)
-        y = (blocks @ self.matrix).squeeze(-2).flatten(-2)
+        blocks = x.unflatten(-1, (-1, self.matrix.shape[-1]))
+        matrices = self.matrix.expand(blocks.shape[-2], -1, -1)
+        y = torch.einsum("...nc,ncd->...nd", blocks, matrices).flatten(-2)
         return y if self.order is None else y[..., self.order]
 
 
@@ -80,13 +81,23 @@ class LayerPlan:
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """Heads and channels of one layer's cache."""
+    """Heads and channels of one layer's cache, in this process.
+
+    `first_head` is the number of its first KV head among all that the layer's statistics are of: 0, unless
+    tensor parallelism spreads the heads over processes.
+    """
 
     layer_index: int
     kv_heads: int
     query_heads: int
     head_dim: int
     value_dim: int
+    first_head: int = 0
+
+    @property
+    def own(self) -> slice:
+        """This process's KV heads."""
+        return slice(self.first_head, self.first_head + self.kv_heads)
 
 
 class Recipe(Protocol):

@@ -54,7 +54,8 @@ class CenteredRecipe:
             ConfigError: head_group or group_size does not divide.
         """
         assert statistics is not None
-        mean = kept_mean(statistics, config.mean_channels)
+        mean = kept_mean(statistics, config.mean_channels)[shape.own]  # channels chosen for all heads alike
+        statistics = statistics.of_heads(shape.own)
         heads = _head_group(config.head_group, shape)
         query = statistics.query_second / statistics.kept
         pairs = zip(centered_second(statistics, mean), query, strict=True)

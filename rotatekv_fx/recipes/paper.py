@@ -42,7 +42,7 @@ class PaperRecipe:
         assert statistics is not None
         heads = _head_group(config.head_group, shape.kv_heads)
         rotation = hadamard(heads * shape.head_dim).unsqueeze(0)
-        rotated = ChannelTransform(rotation, rotation.mT).apply(statistics.key_sum.flatten())
+        rotated = ChannelTransform(rotation, rotation.mT).apply(statistics.key_sum[shape.own].flatten())
         order = torch.argsort(rotated, stable=True)
         value_rotation = hadamard(shape.value_dim).unsqueeze(0)
         return LayerPlan(

@@ -320,7 +320,7 @@ def attend(
         weights if sink_logits is None else sink_logits, out, count_parts, rows, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=after > 0,
         HAS_LOGITS=0 if sink_logits is None else query_heads, BLOCK=block, COLUMNS=columns,
-        DEPENDENT=dependent, **codes.constants, num_warps=tuning.step_warps(codes.rows), maxnreg=128,
+        DEPENDENT=dependent, **codes.constants, num_warps=4, maxnreg=128,
         **launch,
     )  # fmt: skip
     return out

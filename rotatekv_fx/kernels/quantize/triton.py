@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
@@ -23,9 +23,18 @@ _HALF_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
+def _wait_and_pass_on(DEPENDENT: tl.constexpr):
+    """Wait for all that earlier kernels write; from here on the next kernel may start."""
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
 def _rotate_query(
     head, block, part, rows_total, repeats, kv_heads, query_ptr, matrix_ptr, rotated_ptr, factor,
     D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Query rows of one KV head times its matrix [D, WIDTH], in fp32."""
     source, column = tl.arange(0, DP), part * COLUMNS + tl.arange(0, COLUMNS)
@@ -33,6 +42,7 @@ def _rotate_query(
         matrix_ptr + (head * D + source)[:, None].to(tl.int64) * WIDTH + column[None, :],
         mask=(source < D)[:, None] & (column < WIDTH)[None, :], other=0.0,
     )  # fmt: skip
+    _wait_and_pass_on(DEPENDENT)  # the matrix is no kernel's result
     if ROWS <= 4:
         tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
         queries = ()
@@ -106,7 +116,7 @@ def step_kernel(
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
     COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDED_ON: tl.constexpr,
+    QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
@@ -117,14 +127,13 @@ def step_kernel(
 
     New tokens are `number` ... number + new_tokens - 1 (number from `count_ptr` where COUNTED).
     """
-    if DEPENDED_ON:
-        gdc_launch_dependents()  # the next kernel waits for this one's end where it needs its results
-    start = number
-    if COUNTED:
-        start = tl.load(count_ptr).to(tl.int32)
     program = tl.program_id(0)
     if QUANTIZES:  # noqa: SIM102, a constant and a runtime condition
         if program < quantize_programs:
+            _wait_and_pass_on(DEPENDENT)
+            start = number
+            if COUNTED:
+                start = tl.load(count_ptr).to(tl.int32)
             quantize_program(
                 program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
                 new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
@@ -140,9 +149,13 @@ def step_kernel(
         part, rest = program % parts, program // parts
         _rotate_query(
             rest // query_blocks, rest % query_blocks, part, rows_total // tokens * repeats, repeats,
-            kv_heads, query_ptr, query_matrix, rotated_ptr, factor, D, DP, QWIDTH, QROWS, COLUMNS,
+            kv_heads, query_ptr, query_matrix, rotated_ptr, factor, D, DP, QWIDTH, QROWS, COLUMNS, DEPENDENT,
         )  # fmt: skip
     elif program >= 0:
+        _wait_and_pass_on(DEPENDENT)
+        start = number
+        if COUNTED:
+            start = tl.load(count_ptr).to(tl.int32)
         _store_recent(
             (program - query_programs).to(tl.int64), ring_tokens, start,
             new_keys, new_values, ring_keys, ring_values, ring, new_tokens, D, DV, DP, RING_BLOCK,
@@ -220,7 +233,7 @@ def launch_step(
     query: Tensor | None = None,
     rotated: Tensor | None = None,
     factor: float = 1.0,
-    depended_on: bool = False,
+    dependent: bool = False,
 ) -> None:
     """Launch `step_kernel`: store `ring_tokens`, quantize where there are programs for it, and rotate a query
     where there is one.
@@ -238,8 +251,9 @@ def launch_step(
         query_programs, query_blocks, key if query is None else query, query_matrix,
         query_matrix if rotated is None else rotated, factor, repeats, heads, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
-        QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDED_ON=depended_on, **codes.constants,
-        num_warps=tuning.step_warps(codes.rows),
+        QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent, **codes.constants,
+        num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 
