@@ -33,6 +33,7 @@ CASES = {
     "zero points": {"scheme": "zero_point", "pairs": 0},
     "no window": {"window": 0},
     "no window, no sinks": {"window": 0, "sinks": 0},
+    "no window, single": {"window": 0, "dtype": torch.float32},
     "softcap": {"softcap": 5.0},
     "sink logits": {"logits": True},
     "left padding": {"padding": (0, 70)},
