@@ -73,18 +73,19 @@ def attend_exact(
                     mask=seen[:, None] & (channel < D)[None, :], other=0.0,
                 ),
             )  # fmt: skip
-            queries = queries + (
-                tl.load(
-                    query_ptr + row[None, :] * D + channel[:, None],
-                    mask=own[None, :] & (channel < D)[:, None], other=0.0,
-                ),
-            )  # fmt: skip
         value_words = value_words + (
             tl.load(
                 values + head * DV + slot[None, :] * DV + value_channel[:, None],
                 mask=seen[None, :] & (value_channel < DV)[:, None], other=0.0,
             ),
         )  # fmt: skip
+        if not SCORED:
+            queries = queries + (
+                tl.load(
+                    query_ptr + row[None, :] * D + channel[:, None],
+                    mask=own[None, :] & (channel < D)[:, None], other=0.0,
+                ),
+            )  # fmt: skip
     if SCORED:
         column = columns - EXACT * NE + tile * NE + tl.arange(0, NE)
         scores = tl.load(
