@@ -5,7 +5,8 @@
 The timed region of ours is query transform, append, attention and combine; of SDPA, attention alone. Each
 sequence has a cache of its own, and short contexts rotate through copies until they are past the L2 cache.
 Every row's output is first compared with the fp32 reference on the same codes; a row that is off has no time.
-The sweep "paper" is of that recipe, whose keys are rotated back and turned by RoPE while they are read.
+Recipe `centered` is measured, or with `--recipe paper` that one, whose keys are rotated back and turned by
+RoPE while they are read.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -133,22 +135,51 @@ def paper_arguments(shape: Shape) -> list[object]:
     return [*new, held, None, 0, 0, d**-0.5, 0.0, None]
 
 
-# recipe -> arguments of its op, the reference, the kernels
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Arguments of a recipe's op, its reference and kernels, settings, and the shapes to measure."""
+
+    arguments: Callable[[Shape], list[object]]
+    plain: Callable[..., torch.Tensor]
+    run: Callable[..., torch.Tensor]
+    settings: dict[str, int]
+    sweeps: dict[str, list[Shape]]
+
+
+LARGE = [Shape(1, 32, 8, 131072), Shape(16, 32, 8, 32768), Shape(64, 32, 8, 8192)]
 RECIPES = {
-    "centered": (packed_arguments, reference.decode, decode),
-    "paper": (paper_arguments, reference.decode_before_rope, decode_before_rope),
+    "centered": Recipe(
+        packed_arguments,
+        reference.decode,
+        decode,
+        {"window": WINDOW, "slack": SLACK, "sinks": SINKS, "position_pairs": PAIRS, "head_group": 1},
+        {
+            "main": [*LARGE, Shape(8, 32, 32, 8192)],
+            "context": [Shape(1, 32, 8, 1024 << i) for i in range(9)],
+            "batch 8k": [Shape(b, 32, 8, 8192) for b in (1, 2, 4, 8, 16, 32, 64, 128)],
+            "batch 32k": [Shape(b, 32, 8, 32768) for b in (1, 2, 4, 8, 16, 32)],
+            "heads": [Shape(16, 32, h, 8192) for h in (32, 8, 4)],
+        },
+    ),
+    "paper": Recipe(
+        paper_arguments,
+        reference.decode_before_rope,
+        decode_before_rope,
+        {"window": 0, "sinks": SINKS, "head_group": HEAD_GROUP},
+        {"main": LARGE},
+    ),
 }
 
 
-def error_of(arguments: list, plain: Callable[..., torch.Tensor], run: Callable[..., torch.Tensor]) -> float:
+def error_of(arguments: list, recipe: Recipe) -> float:
     """Relative RMS error of the first sequence's output, against the fp32 reference on the same codes."""
     query, key, value, held, *rest = arguments
     history, recent, sinks = (
         [t[:1].clone() for t in group] for group in (held.history, held.recent, held.sinks)
     )
     first = dataclasses.replace(held, history=history, recent=recent, sinks=sinks)
-    expected = plain(query[:1].float(), key[:1], value[:1], first, *rest)
-    actual = run(*arguments)[:1].float()
+    expected = recipe.plain(query[:1].float(), key[:1], value[:1], first, *rest)
+    actual = recipe.run(*arguments)[:1].float()
     return float((actual - expected).norm() / expected.norm())
 
 
@@ -250,17 +281,16 @@ def copies_for(nbytes: int) -> int:
     return max(1, min(64, -(-3 * cache // nbytes)))
 
 
-def measure(shape: Shape, recipe: str) -> dict[str, object]:
+def measure(shape: Shape, recipe: Recipe) -> dict[str, object]:
     """One row: times, error, and bytes a second."""
     torch.manual_seed(0)
-    build, plain, run = RECIPES[recipe]
     packed_bytes = shape.bytes16 * 2.25 / 16
-    row: dict[str, object] = {"recipe": recipe, **dataclasses.asdict(shape)}
-    arguments = build(shape)
-    row["error"] = error_of(arguments, plain, run)
+    row: dict[str, object] = dataclasses.asdict(shape)
+    arguments = recipe.arguments(shape)
+    row["error"] = error_of(arguments, recipe)
     if row["error"] < ERROR_LIMIT:
-        runs = [arguments] + [build(shape) for _ in range(copies_for(int(packed_bytes)) - 1)]
-        ours = seconds([lambda a=a: run(*a) for a in runs])
+        runs = [arguments] + [recipe.arguments(shape) for _ in range(copies_for(int(packed_bytes)) - 1)]
+        ours = seconds([lambda a=a: recipe.run(*a) for a in runs])
         row |= {"microseconds": ours * 1e6, "packed_terabytes_per_second": packed_bytes / ours / 1e12}
         del runs
     del arguments
@@ -280,28 +310,17 @@ def measure(shape: Shape, recipe: str) -> dict[str, object]:
     return row
 
 
-SWEEPS = {
-    "main": [
-        Shape(1, 32, 8, 131072),
-        Shape(16, 32, 8, 32768),
-        Shape(64, 32, 8, 8192),
-        Shape(8, 32, 32, 8192),
-    ],
-    "context": [Shape(1, 32, 8, 1024 << i) for i in range(9)],
-    "batch 8k": [Shape(b, 32, 8, 8192) for b in (1, 2, 4, 8, 16, 32, 64, 128)],
-    "batch 32k": [Shape(b, 32, 8, 32768) for b in (1, 2, 4, 8, 16, 32)],
-    "heads": [Shape(16, 32, h, 8192) for h in (32, 8, 4)],
-    "paper": [Shape(16, 32, 8, 32768), Shape(1, 32, 8, 131072), Shape(64, 32, 8, 8192)],
-}
-
-
-def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option(list(SWEEPS))) -> None:
-    """Measure and write decode.json."""
-    properties = torch.cuda.get_device_properties(0)
+def main(
+    out: Annotated[Path, typer.Option(help="folder that receives decode_RECIPE.json")],
+    recipe: Annotated[str, typer.Option(help=" or ".join(RECIPES))] = "centered",
+) -> None:
+    """Measure all shapes of a recipe and write decode_RECIPE.json."""
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
     rows = []
-    for name in sweep:
-        for shape in SWEEPS[name]:
-            row = {"sweep": name, **measure(shape, "paper" if name == "paper" else "centered")}
+    for name, shapes in RECIPES[recipe].sweeps.items():
+        for shape in shapes:
+            row = {"sweep": name, **measure(shape, RECIPES[recipe])}
             rows.append(row)
             print(
                 f"{name:10} B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context}: "
@@ -312,22 +331,16 @@ def main(out: Path = Path("benchmarks/results"), sweep: list[str] = typer.Option
             )
     out.mkdir(parents=True, exist_ok=True)
     report = {
-        "gpu": properties.name,
+        "gpu": torch.cuda.get_device_properties(0).name,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "flashinfer_not_measured": without_flashinfer(),
-        "recipe": {
-            "window": WINDOW,
-            "slack": SLACK,
-            "sinks": SINKS,
-            "position_pairs": PAIRS,
-            "head_group": 1,
-        },
-        "paper": {"window": 0, "sinks": SINKS, "head_group": HEAD_GROUP},
+        "recipe": recipe,
+        "settings": RECIPES[recipe].settings,
         "rows": rows,
     }
-    (out / "decode.json").write_text(json.dumps(report, indent=1) + "\n")
+    (out / f"decode_{recipe}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed_plot --results benchmarks/results
 
-It reads decode.json and writes speed.png, on any machine with the extra `bench`.
+It reads decode_centered.json and writes speed.png, on any machine with the extra `bench`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 import typer
 from matplotlib.figure import Figure
 
-OURS, THEIRS = "C0", "C3"
+OURS, THEIRS, OTHER = "C0", "C3", "C7"
 
 
 def main(results: Path = Path("benchmarks/results")) -> None:
     """Draw speed.png."""
-    report = json.loads((results / "decode.json").read_text(encoding="utf-8"))
+    report = json.loads((results / "decode_centered.json").read_text(encoding="utf-8"))
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = [row for row in report["rows"] if row["sweep"] == "context"]
@@ -26,6 +26,9 @@ def main(results: Path = Path("benchmarks/results")) -> None:
     best = [min(row["sdpa_microseconds"].values()) for row in rows]
     ours = [row["microseconds"] for row in rows]
     left.plot(contexts, best, color=THEIRS, marker="s", label="16 bit, best SDPA backend")
+    if all("flashinfer_microseconds" in row for row in rows):
+        times = [row["flashinfer_microseconds"] for row in rows]
+        left.plot(contexts, times, color=OTHER, linestyle=":", label="16 bit, FlashInfer")
     left.plot(contexts, ours, color=OURS, marker="o", label="2 bits, everything included")
     for context, time, row in zip(contexts, ours, rows, strict=True):
         left.annotate(
