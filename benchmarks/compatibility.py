@@ -30,6 +30,7 @@ import rotatekv_fx
 from benchmarks import tiny_models
 from rotatekv_fx import RotateKVConfig
 from rotatekv_fx.errors import MatchError, RotateKVError
+from rotatekv_fx.naming import cache_argument, cache_of
 
 PROMPT, NEW = 20, 10
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -146,7 +147,7 @@ def _layer_kinds(model: PreTrainedModel) -> list[str]:
         if "use_cache" in _takes(model)
         else model(_prompt(padding=()))
     )
-    cache = output.get("past_key_values")
+    cache = cache_of(output)
     return [type(layer).__name__ for layer in getattr(cache, "layers", [])]
 
 
@@ -189,7 +190,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
         output = model(
             ids[:, start:stop],
             attention_mask=mask[:, :stop],
-            past_key_values=cache,
+            **{cache_argument(model): cache},
             use_cache=True,
             **{name: tensor[:, start:stop] for name, tensor in named.items()},
         )

@@ -32,6 +32,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 import rotatekv_fx
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.evaluate.baselines import quantized_cache
+from rotatekv_fx.naming import cache_argument
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _COMMON = {
@@ -111,7 +112,8 @@ def build(config: Any) -> torch.nn.Module:
 def filled(model: torch.nn.Module, batch: int, context: int, room: int) -> StaticCache:
     """A static cache that says it holds `context` tokens, filled with random ones."""
     cache = StaticCache(config=model.config, max_cache_len=context + room)
-    model(torch.ones(batch, 2, dtype=torch.long, device=DEVICE), past_key_values=cache)
+    prompt = torch.ones(batch, 2, dtype=torch.long, device=DEVICE)
+    model(prompt, **{cache_argument(model): cache})
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             layer.keys.normal_()
@@ -138,10 +140,11 @@ def decode(
     compiled = torch.compile(model, mode="reduce-overhead" if DEVICE == "cuda" else "default", fullgraph=True)
     token = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
     place = torch.full((1, 1), context, dtype=torch.long, device=DEVICE)
+    held = {cache_argument(model): cache}
 
     def step() -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        logits = compiled(token, past_key_values=cache, position_ids=place, logits_to_keep=1).logits
+        logits = compiled(token, **held, position_ids=place, logits_to_keep=1).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         place.add_(1)
 
@@ -168,11 +171,8 @@ def prefill_seconds(model: torch.nn.Module, context: int) -> float:
     prompt = torch.randint(3, model.config.vocab_size, (1, context), device=DEVICE)
 
     def once() -> None:
-        model(
-            prompt,
-            past_key_values=StaticCache(config=model.config, max_cache_len=context + 64),
-            logits_to_keep=1,
-        )
+        cache = StaticCache(config=model.config, max_cache_len=context + 64)
+        model(prompt, **{cache_argument(model): cache}, logits_to_keep=1)
 
     once()
     return min(seconds(once, 1) for _ in range(2))
@@ -194,7 +194,7 @@ def measure_quantized_cache(model: torch.nn.Module, batch: int, context: int, st
     token = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
 
     def step() -> None:
-        model(token, past_key_values=cache, logits_to_keep=1)
+        model(token, **{cache_argument(model): cache}, logits_to_keep=1)
 
     step()
     spent = seconds(step, steps)
@@ -223,7 +223,7 @@ def largest_batch(model: torch.nn.Module, context: int, bytes_a_sequence: float)
             cache = filled(model, batch, context, 16)
             token = torch.ones(batch, 1, dtype=torch.long, device=DEVICE)
             place = torch.full((1, 1), context, dtype=torch.long, device=DEVICE)
-            model(token, past_key_values=cache, position_ids=place, logits_to_keep=1)
+            model(token, **{cache_argument(model): cache}, position_ids=place, logits_to_keep=1)
             torch.cuda.synchronize()
             return batch
         cache = None

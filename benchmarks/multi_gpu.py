@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import rotatekv_fx
 from rotatekv_fx import Calibration, RotateKVConfig
+from rotatekv_fx.naming import cache_of
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE / "reference_model"
@@ -110,7 +111,7 @@ def _run(model: PreTrainedModel, prompts: Tensor) -> Found:
         "tokens": tokens,
         "margins": margins,
         "logits": output.logits[0].float().cpu().tolist(),
-        "cache_bytes": rotatekv_fx.cache_nbytes(output.past_key_values),
+        "cache_bytes": rotatekv_fx.cache_nbytes(cache_of(output)),
         "seconds": round(time.perf_counter() - start, 2),
     }
 

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rotatekv_fx.naming import cache_argument
+
 
 class _Decoder(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model, self.named_cache = model, cache_argument(model)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, logits_at: Tensor, past: list[Tensor]
@@ -32,7 +34,7 @@ class _Decoder(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{self.named_cache: cache},
             logits_to_keep=logits_at,
             use_cache=True,
         )

@@ -39,6 +39,7 @@ from rotatekv_fx.evaluate import (
 )
 from rotatekv_fx.evaluate.perplexity import means
 from rotatekv_fx.export.generation import Decoder
+from rotatekv_fx.naming import cache_argument
 
 HERE = Path(__file__).resolve().parent
 RECIPES = ("centered", "paper")
@@ -86,7 +87,8 @@ def agreed(one: Tensor, other: Tensor) -> list[int]:
 def logits_in_torch(model: PreTrainedModel, window: Tensor, piece: int) -> Tensor:
     """[T, V] of a window [1, T], read in pieces."""
     cache = DynamicCache(config=model.config)
-    read = [model(input_ids=part, past_key_values=cache).logits[0] for part in window.split(piece, 1)]
+    held = {cache_argument(model): cache}
+    read = [model(input_ids=part, **held).logits[0] for part in window.split(piece, 1)]
     return torch.cat(read).float()
 
 

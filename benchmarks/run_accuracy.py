@@ -48,6 +48,7 @@ from rotatekv_fx.evaluate.perplexity import score
 from rotatekv_fx.evaluate.plots import plot_outliers, plot_rate, plot_recall
 from rotatekv_fx.evaluate.reasoning import word_problem_cases
 from rotatekv_fx.evaluate.recall import recall_cases
+from rotatekv_fx.naming import cache_argument
 
 HERE = Path(__file__).resolve().parent
 CONTEXT = 1024
@@ -179,7 +180,7 @@ def static_layers(bench: Bench, config: RotateKVConfig) -> dict[str, Any]:
         for kind in kl:
             room = {"config": packed.config, "max_cache_len": ids.shape[1]}
             cache = StaticCache(**room) if kind == "static" else DynamicCache(config=packed.config)
-            read[kind] = packed(input_ids=ids, past_key_values=cache).logits[0, :-1].float()
+            read[kind] = packed(input_ids=ids, **{cache_argument(packed): cache}).logits[0, :-1].float()
             kl[kind].append(score(reference, read[kind], ids[0, 1:]).kl)
         gap = max(gap, (read["static"] - read["dynamic"]).abs().max().item())
     print(f"window {config.window}: KL dynamic {fmean(kl['dynamic']):.5f}, static {fmean(kl['static']):.5f}")
@@ -193,7 +194,8 @@ def bits_when_long(bench: Bench, config: RotateKVConfig, tokens: int = 32768) ->
     for slack in (0, 32):
         packed = bench.transformed(dataclasses.replace(config, slack=slack))
         cache = StaticCache(config=packed.config, max_cache_len=tokens)
-        packed(input_ids=bench.windows[0][:, :128].to(bench.model.device), past_key_values=cache)
+        ids = bench.windows[0][:, :128].to(bench.model.device)
+        packed(input_ids=ids, **{cache_argument(packed): cache})
         found[f"slack {slack}"] = bits_per_element(cache, report(packed).sites, tokens)
     print(f"bits an element at {tokens} tokens, window {config.window}: {found}")
     return found

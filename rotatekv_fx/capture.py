@@ -25,6 +25,7 @@ from transformers import AttentionInterface, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from rotatekv_fx.errors import InputError
+from rotatekv_fx.naming import cache_argument
 from rotatekv_fx.opaque import call_as_they_are, stubbed
 
 aten = torch.ops.aten
@@ -373,12 +374,7 @@ def _record_calls(
     ids = ids.to(device)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0  # padding, so that a mask is materialised
-    parameters = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    if "past_key_values" not in parameters and not takes_any:
-        raise InputError(
-            f"{type(model).__name__}.forward takes no past_key_values: it is not a decoder with a KV cache."
-        )
+    parameters, named_cache = inspect.signature(model.forward).parameters, cache_argument(model)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache = RecordingCache(config=model.config)
 
@@ -386,7 +382,7 @@ def _record_calls(
         known.append(positions[:, start:stop])
         named = {"position_ids": known[-1]} if "position_ids" in parameters else {}
         part = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], **named}
-        return model(**part, past_key_values=cache, use_cache=True)
+        return model(**part, **{named_cache: cache}, use_cache=True)
 
     hooks = []
     try:

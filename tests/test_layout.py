@@ -24,7 +24,8 @@ ALLOWED = {
     "config": {"errors"},
     "calibration": {"opaque", "errors"},
     "opaque": set(),
-    "capture": {"opaque", "errors"},
+    "naming": {"errors"},
+    "capture": {"naming", "opaque", "errors"},
     "sites": {"capture", "opaque", "errors"},
     "parallel": {"sites", "opaque"},
     "rope": {"sites"},
@@ -56,11 +57,13 @@ ALLOWED = {
     },
     "backend": {"cache", "calibration", "ops", "passes", "recipes", "report", "rope", *FOUNDATION, *GRAPHS},
     "export": {
-        *("api", "cache", "calibration", "capture", "kernels", "ops", "recipes", "report", "rope"),
+        *("api", "cache", "calibration", "capture", "kernels", "naming", "ops", "recipes", "report", "rope"),
         *FOUNDATION,
     },
     "evaluate": {
-        *("", "api", "cache", "calibration", "collect", "recipes", "report", "rope", *FOUNDATION, *GRAPHS)
+        *("", "api", "cache", "calibration", "collect", "naming", "recipes", "report", "rope"),
+        *FOUNDATION,
+        *GRAPHS,
     },
     "cli": {
         "",

@@ -19,6 +19,7 @@ from rotatekv_fx.cache.codec import Codec, Parts, as_exact
 from rotatekv_fx.errors import ConfigError, InputError, StateError
 from rotatekv_fx.evaluate.memory import KVShape, cache_elements
 from rotatekv_fx.evaluate.perplexity import WindowScore, means, score
+from rotatekv_fx.naming import cache_argument
 from rotatekv_fx.recipes import Quantizer
 
 MakeCache = Callable[[], Cache]
@@ -108,7 +109,7 @@ def _joined(old: Parts, new: Parts) -> Parts:
 
 
 def kivi_cache(model: PreTrainedModel, bits: int = 2, group: int = 32, residual: int = 0) -> Cache:
-    """An empty KIVI cache for an untransformed model; pass it as `past_key_values`.
+    """An empty KIVI cache for an untransformed model; pass it as its cache.
 
     Args:
         bits: of a code.
@@ -190,9 +191,9 @@ def evaluate_caches(
         ids = torch.cat(list(windows[first : first + batch])).to(model.device)
         reference = model(input_ids=ids).logits[:, :-1].float()
         for name, make in makers.items():
-            begin, cache = time.perf_counter(), make()
+            begin, cache, named = time.perf_counter(), make(), cache_argument(model)
             pieces = ids.split(step or context, 1)
-            logits = torch.cat([model(input_ids=piece, past_key_values=cache).logits for piece in pieces], 1)
+            logits = torch.cat([model(input_ids=piece, **{named: cache}).logits for piece in pieces], 1)
             pairs = zip(reference, logits[:, :-1].float(), ids[:, 1:], strict=True)
             scores[name] += [score(*pair) for pair in pairs]
             bits[name] += [8 * held_nbytes(cache) / cache_elements(sites, context, len(ids))] * len(ids)

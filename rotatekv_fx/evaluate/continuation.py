@@ -13,6 +13,7 @@ from rotatekv_fx import cache_nbytes
 from rotatekv_fx.evaluate.loading import check_context
 from rotatekv_fx.evaluate.memory import KVShape, bits_per_element, sixteen_bit_nbytes
 from rotatekv_fx.evaluate.text import encode, start_tokens
+from rotatekv_fx.naming import cache_of
 
 
 def continue_greedily(
@@ -46,7 +47,7 @@ def continue_greedily(
     )
     seconds = time.perf_counter() - begin
     new = output.sequences[0, ids.shape[1] :]
-    cache, tokens = output.past_key_values, output.sequences.shape[1] - 1
+    cache, tokens = cache_of(output), output.sequences.shape[1] - 1
     return {
         "continuation": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": new.tolist(),

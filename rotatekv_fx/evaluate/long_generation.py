@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.evaluate.loading import check_context
+from rotatekv_fx.naming import cache_argument, cache_of
 
 NGRAM = 4
 
@@ -109,7 +110,8 @@ def _losses(model: PreTrainedModel, text: Tensor, new_tokens: int) -> Tensor:
     """
     prompt = text[None, :-new_tokens]
     first = model(input_ids=prompt, use_cache=True)
-    rest = model(input_ids=text[None, -new_tokens:], past_key_values=first.past_key_values).logits[0, :-1]
+    cache = {cache_argument(model): cache_of(first)}
+    rest = model(input_ids=text[None, -new_tokens:], **cache).logits[0, :-1]
     logits = torch.cat([first.logits[0, -1:], rest]).float()
     return torch.nn.functional.cross_entropy(logits, text[-new_tokens:], reduction="none")
 

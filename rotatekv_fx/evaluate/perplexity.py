@@ -22,6 +22,7 @@ from rotatekv_fx import RotateKVConfig, report
 from rotatekv_fx.cache import PackedLayer
 from rotatekv_fx.errors import StateError
 from rotatekv_fx.evaluate.memory import bits_per_element
+from rotatekv_fx.naming import cache_of
 
 _CHUNK = 128  # positions compared at a time; bounds the temporaries of a large vocabulary
 
@@ -126,7 +127,7 @@ def evaluate(
 def _predict(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Cache]:
     """Logits [T-1, V] of every next token in float32, and the cache that the forward filled."""
     output = model(input_ids=ids, use_cache=True)
-    return output.logits[0, :-1].float(), output.past_key_values
+    return output.logits[0, :-1].float(), cache_of(output)
 
 
 def _stored(config: RotateKVConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from rotatekv_fx.errors import ConfigError, InputError, RotateKVError, StateErro
 from rotatekv_fx.export.runtime import ExportCache, ExportRuntime, Lowered, exporting
 from rotatekv_fx.export.schema import METADATA_KEY, MODEL_FILE, Metadata, past_name, result_name
 from rotatekv_fx.export.state import State, Step
+from rotatekv_fx.naming import cache_argument
 
 try:
     import onnx
@@ -100,6 +101,7 @@ class _Traced(nn.Module):
     def __init__(self, model: nn.Module, parts: Parts, runtimes: dict[int, ExportRuntime]):
         super().__init__()
         self.model, self.parts, self.runtimes = model, parts, runtimes
+        self.named_cache = cache_argument(model)
         self.selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(
@@ -133,7 +135,7 @@ class _Traced(nn.Module):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=positions.index_select(1, queries),
-                past_key_values=cache,
+                **{self.named_cache: cache},
                 use_cache=True,
                 **arguments,
             ).logits
@@ -298,7 +300,7 @@ def _check_graph(model: nn.Module, folder: Path) -> None:
                 new,
                 attention_mask=mask[:, :done],
                 position_ids=positions[:, done - new.shape[1] : done],
-                past_key_values=packed,
+                **{cache_argument(model): packed},
             ).logits[:, -1]
         found = exported.step(new.numpy(), mask[:, done - new.shape[1] : done].numpy())
         differences.append((torch.from_numpy(found[:, -1]) - expected).abs().amax(-1))
