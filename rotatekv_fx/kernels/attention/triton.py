@@ -2,8 +2,8 @@
 
 Three launches make a step: `step_kernel` (rotate the query, store the new token), `decode_kernel` (parts of
 the sums over tokens) and `finish_kernel` (combine the parts, and quantize the token that the next step reads
-through its codes; without a window that is the new one, and the first launch does it). On Hopper the later
-two start early and wait where they need results of the one before.
+through its codes; without a window that is the new one, and the first launch does it). On Hopper each starts
+before the one ahead of it has ended, and waits where it needs that one's results.
 
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
