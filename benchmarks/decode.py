@@ -31,7 +31,7 @@ from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.attention.before_rope import decode_before_rope
 from rotatekv_fx.kernels.attention.triton import decode
 from rotatekv_fx.kernels.hadamard.reference import hadamard
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 
 WINDOW, SLACK, SINKS, PAIRS, HEAD_GROUP = 64, 32, 20, 32, 4
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -91,7 +91,7 @@ def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
         history, recent, sinks, key_map, count.view(1, 1).clone(), count, 0, bits, bits, group, group,
         0.7, 0.7, "midpoint", WINDOW, False,
     )  # fmt: skip
-    return [query, key, value, held, None, 0, 0, d**-0.5, 0.0, None]
+    return [query, key, value, held, Scoring(None, 0, 0, d**-0.5, 0.0, None)]
 
 
 def paper_arguments(shape: Shape) -> list[object]:
@@ -132,7 +132,7 @@ def paper_arguments(shape: Shape) -> list[object]:
         group, group, 0.8, 0.8, "zero_point", 0, False,
     )  # fmt: skip
     new = [randn(b, n, 1, d).bfloat16() for n in (shape.query_heads, h, h)]
-    return [*new, held, None, 0, 0, d**-0.5, 0.0, None]
+    return [*new, held, Scoring(None, 0, 0, d**-0.5, 0.0, None)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +173,12 @@ RECIPES = {
 
 def error_of(arguments: list, recipe: Recipe) -> float:
     """Relative RMS error of the first sequence's output, against the fp32 reference on the same codes."""
-    query, key, value, held, *rest = arguments
+    query, key, value, held, scoring = arguments
     history, recent, sinks = (
         [t[:1].clone() for t in group] for group in (held.history, held.recent, held.sinks)
     )
     first = dataclasses.replace(held, history=history, recent=recent, sinks=sinks)
-    expected = recipe.plain(query[:1].float(), key[:1], value[:1], first, *rest)
+    expected = recipe.plain(query[:1].float(), key[:1], value[:1], first, scoring)
     actual = recipe.run(*arguments)[:1].float()
     return float((actual - expected).norm() / expected.norm())
 

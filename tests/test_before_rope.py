@@ -16,7 +16,7 @@ from rotatekv_fx.cache.layers import PackedLayer
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.hadamard.reference import hadamard
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
 from rotatekv_fx.kernels.tuning import TABLE_TOKENS
 
@@ -63,8 +63,8 @@ def build(
     bits=(2, 2), group=128, head_group=4, scheme="zero_point", softcap=0.0, logits=False, padding=(),
     sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
 ):  # fmt: skip
-    """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held, mask,
-    mask_offset, sliding, scale, softcap, sink_logits.
+    """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held,
+    Scoring.
     """
     g = torch.Generator().manual_seed(seed)
     query_heads = query_heads or 2 * heads
@@ -114,7 +114,7 @@ def build(
     for number in range(length):
         reference.decode_before_rope(
             torch.zeros(batch, query_heads, 1, dim), *(x[:, :, number : number + 1] for x in (keys, values)),
-            dataclasses.replace(held, number=number), None, 0, 0, 1.0, 0.0, None,
+            dataclasses.replace(held, number=number), Scoring(None, 0, 0, 1.0, 0.0, None),
         )  # fmt: skip
     mask = None
     if padding:
@@ -126,14 +126,14 @@ def build(
     )
     return [
         randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
-        values[:, :, length : length + 1], held, mask, 0, sliding, dim**-0.5, softcap,
-        randn(query_heads) if logits else None,
+        values[:, :, length : length + 1], held,
+        Scoring(mask, 0, sliding, dim**-0.5, softcap, randn(query_heads) if logits else None),
     ]  # fmt: skip
 
 
 def flat(arguments):
     """As the op takes them: what a layer holds, one by one."""
-    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held) else [x])]
+    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held | Scoring) else [x])]
 
 
 def small(**changes):
@@ -152,7 +152,7 @@ def small(**changes):
 def test_the_reference_gives_what_the_general_path_gives(head_group):
     """Codes read back, sinks restored, reordered and rotated back, turned by RoPE, and attended to."""
     arguments = small(head_group=head_group, padding=(3,), sinks=4)
-    query, key, value, held, mask, *_, scale, softcap, _ = arguments
+    query, key, value, held, scoring = arguments
     order, matrix, mixing, _, size, angles, _ = held.key_map
     actual = rotatekv.decode_before_rope(*flat(arguments))
     parts = held.history[0], held.history[1].abs(), held.history[2]
@@ -167,7 +167,9 @@ def test_the_reference_gives_what_the_general_path_gives(head_group):
     cos, sin = (torch.cat([x, x], -1).float() for x in (turn.cos(), turn.sin()))
     swapped = torch.cat([-keys[..., 16:], keys[..., :16]], -1)
     keys = size * (keys * cos + swapped * sin)
-    expected = rotatekv.attend(query, keys, values, mask[:, None, None], scale, softcap, None, True)
+    expected = rotatekv.attend(
+        query, keys, values, scoring.mask[:, None, None], scoring.scale, scoring.softcap, None, True
+    )
     torch.testing.assert_close(actual, expected)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rotatekv_fx.kernels.attention import reference
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
 from rotatekv_fx.kernels.tuning import TABLE_TOKENS
 
@@ -52,7 +52,7 @@ def build(
     sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
 ):  # fmt: skip
     """Arguments of `decode` for a cache of `length` tokens, filled by the reference: query, key, value,
-    Held, mask, mask_offset, sliding, scale, softcap, sink_logits.
+    Held, Scoring.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -124,16 +124,16 @@ def build(
     )  # fmt: skip
     return [
         randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
-        values[:, :, length : length + 1], held, mask, 0, sliding, dim**-0.5, softcap,
-        randn(query_heads) if logits else None,
+        values[:, :, length : length + 1], held,
+        Scoring(mask, 0, sliding, dim**-0.5, softcap, randn(query_heads) if logits else None),
     ]  # fmt: skip
 
 
 def copied(x, device="cpu"):
     if isinstance(x, torch.Tensor):
         return x.to(device, copy=True)
-    if isinstance(x, Held):
-        return Held(*copied(list(vars(x).values()), device))
+    if isinstance(x, Held | Scoring):
+        return type(x)(*copied(list(vars(x).values()), device))
     return [copied(y, device) for y in x] if isinstance(x, list) else x
 
 

@@ -11,7 +11,7 @@ from rotatekv_fx.cache import keymap
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 
 rotatekv = torch.ops.rotatekv
 SMALL = {
@@ -24,8 +24,8 @@ def small(**changes):
     """Arguments of `decode` on a small layer, with zeros where the buffers are empty."""
 
     def clean(x):
-        if isinstance(x, Held):
-            return Held(*clean(list(vars(x).values())))
+        if isinstance(x, Held | Scoring):
+            return type(x)(*clean(list(vars(x).values())))
         if isinstance(x, list):
             return [clean(y) for y in x]
         return x.nan_to_num(0.0) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
@@ -44,20 +44,20 @@ def new_tokens(count, *like):
 
 def extending(arguments, new=3):
     """Arguments of `extend` for some new tokens on the layer of `decode`'s arguments."""
-    _, key, value, held, *_ = arguments
+    _, key, value, held, _ = arguments
     return [*new_tokens(new, key, value), dataclasses.replace(held, position=held.position + new - 1)]
 
 
 def prefilling(arguments, new=3):
     """Arguments of `prefill` for some new tokens on the layer of `decode`'s arguments."""
-    query, key, value, held, *_ = arguments
+    query, key, value, held, scoring = arguments
     held = dataclasses.replace(held, position=held.position + new - 1)
-    return [*new_tokens(new, query, key, value), held, arguments[7]]
+    return [*new_tokens(new, query, key, value), held, scoring.scale]
 
 
 def flat(arguments):
     """As the ops take them: what a layer holds, one by one."""
-    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held) else [x])]
+    return [y for x in arguments for y in (vars(x).values() if isinstance(x, Held | Scoring) else [x])]
 
 
 def buffers(arguments):

@@ -29,7 +29,7 @@ CASES = {
 def arguments_of(new, **case):
     """Arguments of the op `prefill` for `new` tokens after those of `test_decode_kernel.build`."""
     found = build(capacity=480, **case)
-    query, key, value, held, *_, scale, _softcap, _logits = found
+    query, key, value, held, scoring = found
     generator = torch.Generator().manual_seed(5)
 
     def like(x):
@@ -38,7 +38,7 @@ def arguments_of(new, **case):
 
     in_tokens = like(query).transpose(1, 2).contiguous().transpose(1, 2)  # as a projection's result lies
     held = dataclasses.replace(held, position=held.position + new - 1)
-    return [in_tokens, like(key), like(value), held, scale]
+    return [in_tokens, like(key), like(value), held, scoring.scale]
 
 
 @needs_kernels

@@ -57,7 +57,27 @@ class Held:
         return heads * key.shape[3] // self.key_group, heads * value.shape[3] // self.value_group
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """Which tokens an attention sees, and how its scores are made: arguments of the decoding ops, in their
+    order.
+    """
+
+    mask: Tensor | None
+    mask_offset: int
+    sliding: int
+    scale: float
+    softcap: float
+    sink_logits: Tensor | None
+
+
 def arguments_with_held(first: int, *arguments: object) -> tuple[object, ...]:
     """An op's arguments with those of `Held`, from number `first` on, as one."""
     last = first + len(dataclasses.fields(Held))
     return *arguments[:first], Held(*arguments[first:last]), *arguments[last:]  # type: ignore[arg-type]
+
+
+def arguments_of_decoding(*arguments: object) -> tuple[object, ...]:
+    """A decoding op's arguments: query, key, value, `Held` and `Scoring`."""
+    *first, held = arguments_with_held(3, *arguments[: 3 + len(dataclasses.fields(Held))])
+    return *first, held, Scoring(*arguments[3 + len(dataclasses.fields(Held)) :])  # type: ignore[arg-type]

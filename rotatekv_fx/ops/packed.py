@@ -35,7 +35,7 @@ from torch import Tensor
 
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference as attention
-from rotatekv_fx.kernels.held import Held, arguments_with_held
+from rotatekv_fx.kernels.held import Held, Scoring, arguments_of_decoding, arguments_with_held
 from rotatekv_fx.kernels.prefill import reference as prompts
 from rotatekv_fx.ops.registry import check_code, check_equal, check_ranks, declare
 
@@ -74,7 +74,7 @@ def _check_held(op: str, key: Tensor, value: Tensor, held: Held, key_map: int = 
 
 
 def _check_decode(
-    op: str, maps: int, query: Tensor, key: Tensor, value: Tensor, held: Held, mask: Tensor | None, *_: Any
+    op: str, maps: int, query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scoring
 ) -> None:
     check_ranks(op, 4, query=query)
     _check_held(op, key, value, held, maps)
@@ -82,8 +82,8 @@ def _check_decode(
         raise ConfigError(f"{op}: {query.shape[2]} queries, {key.shape[2]} keys; give one new token.")
     if query.shape[1] % key.shape[1]:
         raise ConfigError(f"{op}: {query.shape[1]} query heads for {key.shape[1]} KV heads; use a multiple.")
-    if mask is not None:
-        check_ranks(op, 2, mask=mask)
+    if scoring.mask is not None:
+        check_ranks(op, 2, mask=scoring.mask)
 
 
 _DECODE = (
@@ -96,7 +96,7 @@ _DECODE = (
     f"decode{_DECODE}",
     reference=attention.decode,
     check=functools.partial(_check_decode, "decode", 5),
-    gather=_AFTER_QUERY,
+    gather=arguments_of_decoding,
 )
 def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     """Attention of one new token over a packed layer, to which the token is added first.
@@ -134,7 +134,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     f"decode_before_rope{_DECODE}",
     reference=attention.decode_before_rope,
     check=functools.partial(_check_decode, "decode_before_rope", 7),
-    gather=_AFTER_QUERY,
+    gather=arguments_of_decoding,
 )
 def _decode_before_rope(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     """Attention of one new token over a packed layer whose keys are stored before RoPE.

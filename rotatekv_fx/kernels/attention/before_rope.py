@@ -24,7 +24,7 @@ from rotatekv_fx.kernels.attention.exact import exact_tokens
 from rotatekv_fx.kernels.attention.history import code_plane, plane_factor
 from rotatekv_fx.kernels.attention.scores import HIDDEN
 from rotatekv_fx.kernels.attention.triton import Parts, attend
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 from rotatekv_fx.kernels.quantize.triton import launch_step, quantizing
 
@@ -302,18 +302,7 @@ def score_kernel(
         )  # fmt: skip
 
 
-def decode_before_rope(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    held: Held,
-    mask: Tensor | None,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scoring) -> Tensor:
     """The op `rotatekv::decode_before_rope` (`rotatekv_fx.ops` describes it), in four launches."""
     batch, query_heads, _, dim = query.shape
     heads = key.shape[1]
@@ -324,7 +313,7 @@ def decode_before_rope(
     launch_step(codes, held, 1 if held.recent else 0, before)
     group = held.key_map[2].shape[0]
     units, repeats, groups = heads // group, query_heads // heads, history[0].shape[1]
-    parts = Parts.of(key, value, held, mask, _EXACT_TILE)
+    parts = Parts.of(key, value, held, scoring.mask, _EXACT_TILE)
     splits = tuning.score_splits(query.device, batch * units, held.capacity)
     columns = held.capacity + parts.exact_tiles * _EXACT_TILE
     scores = query.new_empty((batch, query_heads, columns), dtype=torch.float32)
@@ -332,17 +321,14 @@ def decode_before_rope(
     score_kernel[(batch * units, splits + parts.exact_tiles)](
         parts.counter, held.number, query, *held.key_map, *history[:3], held.capacity,
         parts.recent[0], parts.recent[0].shape[2], parts.sinks[0], parts.sinks[2],
-        parts.shown, parts.shown_stride, mask_offset, parts.shown_columns, parts.position,
-        parts.position_stride, scale * math.log2(math.e), scores, columns, units,
+        parts.shown, parts.shown_stride, scoring.mask_offset, parts.shown_columns, parts.position,
+        parts.position_stride, scoring.scale * math.log2(math.e), scores, columns, units,
         COUNTED=held.count is not None, G=group, REPEATS=repeats,
         M=max(8, triton.next_power_of_2(group * repeats)), D=dim, KG=groups,
         KGP=max(16, triton.next_power_of_2(groups)), GROUP=held.key_group, BITS=held.key_bits, W=words,
         WP=max(16, words), LOG=(dim // words).bit_length() - 1,
-        SINKS=parts.sink_count, WINDOW=window, SLIDING=sliding, N=tuning.SCORE_TILE, NE=_EXACT_TILE,
-        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=mask is not None, num_warps=4,
+        SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE, NE=_EXACT_TILE,
+        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked, num_warps=4,
         maxnreg=tuning.SCORE_REGISTERS,
     )  # fmt: skip
-    return attend(
-        query, value, held, parts, codes, after, scores, mask_offset, sliding, scale, softcap, sink_logits,
-        scored=True,
-    )  # fmt: skip
+    return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.reference import dequantize, quantize
 
 
@@ -99,18 +99,7 @@ def take_tokens(x: Tensor, slots: Tensor) -> Tensor:
     return x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    held: Held,
-    mask: Tensor | None,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scoring) -> Tensor:
     """Reference of the op `rotatekv::decode` (`rotatekv_fx.ops` describes it)."""
     extend(key, value, held)
     history, newest, window = held.history, held.start, held.window
@@ -137,22 +126,11 @@ def decode(
     columns = [(scores, values, numbers.expand(batch, -1), visible)]
     for keys, values, numbers, visible in _exact_columns(batch, held):
         columns.append((rows @ keys.transpose(-1, -2), values, numbers, visible))
-    out = _weighted(columns, held, mask, mask_offset, sliding, scale, softcap, sink_logits)
+    out = _weighted(columns, held, scoring)
     return out.reshape(batch, 1, heads * repeats, -1).to(query.dtype)
 
 
-def decode_before_rope(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    held: Held,
-    mask: Tensor | None,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scoring) -> Tensor:
     """Reference of the op `rotatekv::decode_before_rope` (`rotatekv_fx.ops` describes it)."""
     _store(key, value, held, transforms=False)
     history, newest = held.history, held.start
@@ -178,7 +156,7 @@ def decode_before_rope(
     visible = (numbers >= 0) & (numbers <= last_coded) & ~(history[1][:, 0] < 0.0)  # NaN is shown
     stretches = [(keys, values, numbers, visible), *_exact_columns(batch, held)]
     columns = [(scores_of(k, n), v, n, visible) for k, v, n, visible in stretches]
-    out = _weighted(columns, held, mask, mask_offset, sliding, scale, softcap, sink_logits)
+    out = _weighted(columns, held, scoring)
     return out.reshape(batch, 1, query.shape[1], -1).to(query.dtype)
 
 
@@ -201,34 +179,26 @@ def _exact_columns(batch: int, held: Held) -> list[tuple[Tensor, Tensor, Tensor,
     return columns
 
 
-def _weighted(
-    columns: list[tuple[Tensor, Tensor, Tensor, Tensor]],
-    held: Held,
-    mask: Tensor | None,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def _weighted(columns: list[tuple[Tensor, Tensor, Tensor, Tensor]], held: Held, scoring: Scoring) -> Tensor:
     """Softmax attention [B, Hkv, r, Dv] over stretches of scores, values, numbers and visibility."""
     newest, (batch, heads, repeats, _) = held.start, columns[0][0].shape
-    scores = torch.cat([c[0] for c in columns], -1) * scale
+    scores = torch.cat([c[0] for c in columns], -1) * scoring.scale
     values = torch.cat([c[1] for c in columns], 2)
     numbers = torch.cat([c[2] for c in columns], -1)
     visible = torch.cat([c[3] for c in columns], -1)
-    if sliding:
-        visible = visible & (numbers > newest - sliding)
+    if scoring.sliding:
+        visible = visible & (numbers > newest - scoring.sliding)
+    mask = scoring.mask
     if mask is not None:
-        at = numbers - mask_offset
+        at = numbers - scoring.mask_offset
         known = (at >= 0) & (at < mask.shape[-1])
         shown = mask.expand(batch, -1).gather(1, at.clamp(0, mask.shape[-1] - 1))
         visible = visible & known & shown
-    if softcap != 0.0:
-        scores = softcap * torch.tanh(scores / softcap)
+    if scoring.softcap != 0.0:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    if sink_logits is not None:
-        extra = sink_logits.float().reshape(1, heads, repeats, 1).expand(batch, -1, -1, -1)
+    if scoring.sink_logits is not None:
+        extra = scoring.sink_logits.float().reshape(1, heads, repeats, 1).expand(batch, -1, -1, -1)
         scores = torch.cat([scores, extra], -1)
     weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., : values.shape[2]]
     values = values.masked_fill(~visible[:, None, :, None], 0.0)  # what is there may be NaN

@@ -25,7 +25,7 @@ from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention.exact import attend_exact
 from rotatekv_fx.kernels.attention.history import attend_history
 from rotatekv_fx.kernels.attention.scores import HIDDEN, LOG2E, LOWEST
-from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.programs import quantize_program
 from rotatekv_fx.kernels.quantize.triton import Quantizing, launch_step, quantizing
 
@@ -220,18 +220,7 @@ class Parts:
         )
 
 
-def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    held: Held,
-    mask: Tensor | None,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
-) -> Tensor:
+def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scoring) -> Tensor:
     """The op `rotatekv::decode` (`rotatekv_fx.ops` describes it), in three launches."""
     batch, query_heads, _, dim = query.shape
     query, key, value = (x.contiguous() for x in (query, key, value))
@@ -239,28 +228,22 @@ def decode(
     codes = quantizing(key, value, held)
     before, after = (0, codes.programs) if held.window else (codes.programs, 0)
     launch_step(
-        codes, held, 1 if held.recent else 0, before, query, rotated, scale * math.log2(math.e),
+        codes, held, 1 if held.recent else 0, before, query, rotated, scoring.scale * math.log2(math.e),
         tuning.dependent_launch(query.device),
     )  # fmt: skip
-    parts = Parts.of(key, value, held, mask, 32 if held.unit_heads(key) == 1 and dim <= 128 else 16)
-    return attend(
-        query, value, held, parts, codes, after, rotated, mask_offset, sliding, scale, softcap, sink_logits
-    )
+    parts = Parts.of(key, value, held, scoring.mask, 32 if held.unit_heads(key) == 1 and dim <= 128 else 16)
+    return attend(query, value, held, scoring, parts, codes, after, rotated)
 
 
 def attend(
     query: Tensor,
     value: Tensor,
     held: Held,
+    scoring: Scoring,
     parts: Parts,
     codes: Quantizing,
     after: int,
     rotated: Tensor,
-    mask_offset: int,
-    sliding: int,
-    scale: float,
-    softcap: float,
-    sink_logits: Tensor | None,
     scored: bool = False,
 ) -> Tensor:
     """The last two launches: attend to the layer, and quantize by `after` programs of `codes`.
@@ -299,9 +282,9 @@ def attend(
         history[0].view(torch.int16), history[1], history[2],
         history[3].view(torch.int16), history[4], history[5], held.capacity,
         *parts.recent, parts.recent[0].shape[2], *parts.sinks,
-        parts.shown, parts.shown_stride, mask_offset, parts.shown_columns,
+        parts.shown, parts.shown_stride, scoring.mask_offset, parts.shown_columns,
         parts.position, parts.position_stride, angles, table,
-        scale, softcap, columns, units, out_parts, weights,
+        scoring.scale, scoring.softcap, columns, units, out_parts, weights,
         COUNTED=held.count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
         U=unit_heads, REPEATS=repeats,
         D=dim, DV=value_dim, DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
@@ -310,16 +293,17 @@ def attend(
         VWORDS=history[3].shape[3] // 2,
         KWP=_tensor_step(held.key_group, held.key_bits), VWP=_tensor_step(held.value_group, held.value_bits),
         CP=triton.next_power_of_2(max(1, key_groups * held.key_group)), PAIRS=pairs, SINKS=parts.sink_count,
-        WINDOW=held.window, SLIDING=sliding, N=choice.tile, NE=parts.exact_tile, STAGES=choice.stages,
-        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked, SOFTCAP=softcap != 0.0,
-        DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
+        WINDOW=held.window, SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, STAGES=choice.stages,
+        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
+        SOFTCAP=scoring.softcap != 0.0, DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
+    logits = scoring.sink_logits
     block, columns = tuning.combine_block(count_parts, value_dim)
     finish_kernel[(after + batch * query_heads * triton.cdiv(value_dim, columns),)](
         parts.counter, held.number, after, out_parts, weights,
-        weights if sink_logits is None else sink_logits, out, count_parts, rows, *codes.arguments,
+        weights if logits is None else logits, out, count_parts, rows, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=after > 0,
-        HAS_LOGITS=0 if sink_logits is None else query_heads, BLOCK=block, COLUMNS=columns,
+        HAS_LOGITS=0 if logits is None else query_heads, BLOCK=block, COLUMNS=columns,
         DEPENDENT=dependent, **codes.constants, num_warps=4, maxnreg=128,
         **launch,
     )  # fmt: skip
