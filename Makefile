@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 
 # Triton kernels are interpreted on a CPU, which takes a process of its own.
-KERNEL_TESTS := tests/test_decode_kernel.py tests/test_prefill_kernel.py
+KERNEL_TESTS := tests/test_decode_kernel.py tests/test_before_rope.py tests/test_prefill_kernel.py
 OPTIMUM ?= .venv-optimum
 
 OWN_PYTHON := $(VENV)/bin/python
