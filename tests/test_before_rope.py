@@ -7,7 +7,17 @@ import dataclasses
 import pytest
 import torch
 import zoo
-from test_decode_kernel import DEVICE, DTYPE, copied, marked, needs_gpu, needs_kernels, relative
+from test_decode_kernel import (
+    DEVICE,
+    DTYPE,
+    copied,
+    empty_layer,
+    marked,
+    needs_gpu,
+    needs_kernels,
+    padding_mask,
+    relative,
+)
 from transformers import DynamicCache
 
 import rotatekv_fx as rk
@@ -17,7 +27,6 @@ from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.held import Held, Scoring
-from rotatekv_fx.kernels.quantize.reference import packed_bytes
 from rotatekv_fx.kernels.tuning import TABLE_TOKENS
 
 rotatekv = torch.ops.rotatekv
@@ -82,30 +91,20 @@ def build(
     ]  # fmt: skip
     steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
     key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
-    exact = torch.float16 if dtype is torch.float32 else dtype
-    history = []
-    for b in bits:
-        groups = heads * dim // group
-        history += [
-            torch.full((batch, groups, capacity, packed_bytes(group, b)), 0xA5, dtype=torch.uint8),
-            torch.full((batch, groups, capacity), float("nan"), dtype=torch.float16),
-            torch.full((batch, groups, capacity), float("nan")).to(
-                torch.float16 if scheme == "midpoint" else torch.int16
-            ),
-        ]
-    ring = window + slack
-    recent = (
-        [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if window else []
+    keys, values, history, recent, store = empty_layer(
+        g,
+        dim,
+        heads,
+        batch,
+        length,
+        capacity,
+        window + slack if window else 0,
+        sinks,
+        bits,
+        group,
+        scheme,
+        dtype,
     )
-    tokens = max(length, 1)
-    keys = (randn(batch, heads, tokens + 1, dim) + 0.3).to(dtype)
-    values = randn(batch, heads, tokens + 1, dim).to(dtype)
-    store = []
-    if sinks:
-        chosen = torch.stack([torch.randperm(tokens, generator=g)[:sinks] for _ in range(batch)]).int()
-        chosen[0, -1] = -1
-        at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
-        store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
     shift = (7 - 10 * torch.arange(batch))[:, None]
     held = Held(
         history, recent, store, key_map, shift + length, None, 0, *bits, group, group, 0.8, 0.8, scheme,
@@ -116,11 +115,7 @@ def build(
             torch.zeros(batch, query_heads, 1, dim), *(x[:, :, number : number + 1] for x in (keys, values)),
             dataclasses.replace(held, number=number), Scoring(None, 0, 0, 1.0, 0.0, None),
         )  # fmt: skip
-    mask = None
-    if padding:
-        mask = torch.ones(batch, length + 1, dtype=torch.bool)
-        for b, count in enumerate(padding):
-            mask[b, :count] = False
+    mask = padding_mask(padding, batch, length + 1)
     held = dataclasses.replace(
         held, count=torch.tensor(length) if counted else None, number=0 if counted else length
     )

@@ -46,6 +46,48 @@ CASES = {
 }
 
 
+def empty_layer(
+    g, dim, heads, batch, length, capacity, ring, sinks, bits, group, scheme, dtype
+):  # fmt: skip
+    """Keys and values of `length` tokens and one more, and tensors of a layer that has none of them but its
+    sinks: history, recent, sinks.
+    """
+    exact = torch.float16 if dtype is torch.float32 else dtype
+    history = []
+    for b in bits:
+        groups = heads * dim // group
+        history += [
+            torch.full((batch, groups, capacity, packed_bytes(group, b)), 0xA5, dtype=torch.uint8),
+            torch.full((batch, groups, capacity), float("nan"), dtype=torch.float16),
+            torch.full((batch, groups, capacity), float("nan")).to(
+                torch.float16 if scheme == "midpoint" else torch.int16
+            ),
+        ]
+    recent = (
+        [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if ring else []
+    )
+    tokens = max(length, 1)
+    keys = (torch.randn(batch, heads, tokens + 1, dim, generator=g) + 0.3).to(dtype)
+    values = torch.randn(batch, heads, tokens + 1, dim, generator=g).to(dtype)
+    store = []
+    if sinks:
+        chosen = torch.stack([torch.randperm(tokens, generator=g)[:sinks] for _ in range(batch)]).int()
+        chosen[0, -1] = -1
+        at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
+        store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
+    return keys, values, history, recent, store
+
+
+def padding_mask(padding, batch, columns):
+    """Hides the first tokens of each sequence, as many as `padding` says; None without padding."""
+    if not padding:
+        return None
+    mask = torch.ones(batch, columns, dtype=torch.bool)
+    for b, count in enumerate(padding):
+        mask[b, :count] = False
+    return mask
+
+
 def build(
     dim=128, heads=2, query_heads=8, batch=2, length=300, capacity=320, window=64, slack=8, sinks=6,
     bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
@@ -82,30 +124,20 @@ def build(
         matrix, flat @ matrix, rotation, angles,
         torch.cat([steps.cos(), steps.sin()], -1).half(),
     ]  # fmt: skip
-    exact = torch.float16 if dtype is torch.float32 else dtype
-    history = []
-    for b in bits:
-        groups = heads * dim // group
-        history += [
-            torch.full((batch, groups, capacity, packed_bytes(group, b)), 0xA5, dtype=torch.uint8),
-            torch.full((batch, groups, capacity), float("nan"), dtype=torch.float16),
-            torch.full((batch, groups, capacity), float("nan")).to(
-                torch.float16 if scheme == "midpoint" else torch.int16
-            ),
-        ]
-    ring = window + slack
-    recent = (
-        [torch.full((batch, heads, ring, dim), float("nan"), dtype=exact) for _ in range(2)] if window else []
+    keys, values, history, recent, store = empty_layer(
+        g,
+        dim,
+        heads,
+        batch,
+        length,
+        capacity,
+        window + slack if window else 0,
+        sinks,
+        bits,
+        group,
+        scheme,
+        dtype,
     )
-    tokens = max(length, 1)
-    keys = (randn(batch, heads, tokens + 1, dim) + 0.3).to(dtype)
-    values = randn(batch, heads, tokens + 1, dim).to(dtype)
-    store = []
-    if sinks:
-        chosen = torch.stack([torch.randperm(tokens, generator=g)[:sinks] for _ in range(batch)]).int()
-        chosen[0, -1] = -1
-        at = chosen.clamp(min=0).long()[:, None, :, None].expand(-1, heads, -1, dim)
-        store = [keys.gather(2, at).to(exact), values.gather(2, at).to(exact), chosen]
     shift = (7 - 10 * torch.arange(batch))[:, None]
     held = Held(
         history, recent, store, key_map, shift + length - 1, None, 0, *bits, group, group, 0.7, 0.8, scheme,
@@ -113,11 +145,7 @@ def build(
     )  # fmt: skip
     if length:
         reference.extend(keys[:, :, :length], values[:, :, :length], held)
-    mask = None
-    if padding:
-        mask = torch.ones(batch, length + 1, dtype=torch.bool)
-        for b, count in enumerate(padding):
-            mask[b, :count] = False
+    mask = padding_mask(padding, batch, length + 1)
     held = dataclasses.replace(
         held, position=shift + length, count=torch.tensor(length) if counted else None,
         number=0 if counted else length,

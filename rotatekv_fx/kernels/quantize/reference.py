@@ -99,9 +99,12 @@ def quantize(
     )
 
 
-def _rearranged(codes: Tensor, order: Tensor) -> Tensor:
-    """Codes [B, Ng, S, group], of which each place gets the one of the channel that `order` [C] names."""
-    flat = codes.transpose(1, 2).flatten(2)[..., order]
+def _rearranged(codes: Tensor, order: Tensor, back: bool = False) -> Tensor:
+    """Codes [B, Ng, S, group], of which each place gets the one of the channel that `order` [C] names; or
+    back again.
+    """
+    flat = codes.transpose(1, 2).flatten(2)
+    flat = torch.empty_like(flat).index_copy_(2, order, flat) if back else flat[..., order]
     return flat.unflatten(2, (codes.shape[1], -1)).transpose(1, 2)
 
 
@@ -130,7 +133,7 @@ def dequantize(
     """Reference of the op `rotatekv::dequantize` (`rotatekv_fx.ops` describes it)."""
     batch, groups, tokens, _ = codes.shape
     levels = unpack(codes, bits, group)
-    levels = (levels if order is None else _rearranged(levels, torch.argsort(order))).float()
+    levels = (levels if order is None else _rearranged(levels, order, back=True)).float()
     step, start = scale.float()[..., None], offset.float()[..., None]
     values = step * (levels - start) if offset.dtype == torch.int16 else start + step * levels
     by_token = values.transpose(1, 2).reshape(batch, tokens, heads, groups * group // heads)
