@@ -113,15 +113,17 @@ def paper_arguments(shape: Shape) -> list[object]:
     tokens = torch.arange(SINKS, device=device, dtype=torch.int32).expand(b, -1).contiguous()
     sinks = [randn(b, h, SINKS, d).bfloat16(), randn(b, h, SINKS, d).bfloat16(), tokens]
     history[1][:, :, :SINKS] *= -1
-    half = torch.arange(d // 2).double()
-    theta = 500000.0 ** -(half / len(half))
-    angles = torch.cat([-theta, theta])
+    places = torch.arange(d)
+    low, high = places & 1, places >> d.bit_length() - 2 & 1
+    axis = places ^ (low ^ high) * (d // 2 + 1)  # a channel's partner is in the place beside its own
+    theta = 500000.0 ** -(axis % (d // 2) / (d / 2)).double()
+    angles = torch.where(axis < d // 2, -theta, theta)
     steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles
     key_map = [
         torch.randperm(h * d, device=device).int()[None],
         hadamard(d, torch.float32).sign() / 16,
         hadamard(HEAD_GROUP, torch.float32) * 16 / d**0.5,
-        torch.cat([half + d // 2, half]).int(),
+        axis.int(),
         torch.ones(d),
         angles,
         torch.cat([steps.cos(), steps.sin()], -1).half(),

@@ -371,12 +371,14 @@ def _rewrite(
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
     transforms_after_rope = not plan.before_rope and plan.key is not None
-    rope, read_rope, before_rope = None, None, {}
+    rope, read_rope, before_rope, places = None, None, {}, None
     if transforms_after_rope:
         rope = Rope(site).to(site.device)
     elif plan.before_rope and site.attention is not None:
         read_rope = Rope(site).to(site.device)
         before_rope = key_map_before_rope(plan, shape, read_rope, positions, site.device)
+        if before_rope:
+            places = before_rope["before_rope_order"][0].long().to(site.device)
     described = describe_site(site, positions.description)
     rewrite = Rewrite(site, plan, positions.inputs, turns_on_read=bool(before_rope))
     folder = (
@@ -396,7 +398,7 @@ def _rewrite(
         buffers |= before_rope or key_map(plan, shape, rope or Rope(site).to(device), positions, device)
     runtime = AttentionRuntime(
         site.layer_index,
-        _layer_spec(site, plan, statistics),
+        _layer_spec(site, plan, statistics, places),
         positions,
         {name: tensor.to(device) for name, tensor in buffers.items()},
         rope,
@@ -442,12 +444,12 @@ def _ops_of(rewrite: Rewrite, runtime: AttentionRuntime, device_type: str) -> se
     return used | ({"select_sinks", "take_tokens", "restore_sinks"} if rewrite.plan.sinks else set())
 
 
-def _layer_spec(site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None) -> LayerSpec:
+def _layer_spec(
+    site: AttentionSite, plan: LayerPlan, statistics: LayerStatistics | None, places: Tensor | None
+) -> LayerSpec:
+    """`places`: the key channel whose code lies in each place, if not its own."""
     dtype = site.hidden_example.dtype
     exact = exact_dtype(dtype, statistics)
-    order = plan.key.order if plan.before_rope and plan.key is not None else None
-    # codes lie in the order of rotated channels
-    places = None if order is None else order.argsort().to(site.device)
     key = Codec(plan.key_quantizer, site.kv_heads, dtype, places)
     value = Codec(plan.value_quantizer, site.kv_heads, dtype)
     return LayerSpec(key, value, plan.sinks, plan.window, plan.slack, exact)

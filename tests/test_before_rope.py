@@ -2,6 +2,7 @@
 the reference (interpreted on a CPU, and on a GPU), and whole models.
 """
 
+import copy
 import dataclasses
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import DynamicCache
 
 import rotatekv_fx as rk
 from rotatekv_fx import ops  # noqa: F401  (registers the ops)
+from rotatekv_fx.cache.before_rope import _neighbouring
 from rotatekv_fx.cache.layers import PackedLayer
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference
@@ -83,11 +85,11 @@ def build(
 
     matrix = hadamard(dim, torch.float32).sign() / 8
     mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
-    half = torch.arange(dim // 2)
-    theta = 10000.0 ** -(half.double() / len(half))
+    axis = _neighbouring((torch.arange(dim) + dim // 2) % dim)
+    theta = 10000.0 ** -(axis % (dim // 2) / (dim / 2)).double()
     key_map = [
         torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
-        torch.cat([half + dim // 2, half]).int(), torch.full((dim,), 1.1), torch.cat([-theta, theta]),
+        axis.int(), torch.full((dim,), 1.1), torch.where(axis < dim // 2, -theta, theta),
     ]  # fmt: skip
     steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
     key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
@@ -148,16 +150,18 @@ def test_the_reference_gives_what_the_general_path_gives(head_group):
     """Codes read back, sinks restored, reordered and rotated back, turned by RoPE, and attended to."""
     arguments = small(head_group=head_group, padding=(3,), sinks=4)
     query, key, value, held, scoring = arguments
-    order, matrix, mixing, _, size, angles, _ = held.key_map
+    places, matrix, mixing, axis, size, angles, _ = held.key_map
+    places, axis = places[0].long(), axis.long()
+    order = places.view(4, -1)[:, axis].flatten()  # of channels: exchanging bits is its own inverse
+    angles = angles[axis]
     actual = rotatekv.decode_before_rope(*flat(arguments))
     parts = held.history[0], held.history[1].abs(), held.history[2]
-    keys = rotatekv.dequantize(*parts, 2, 32, 4, torch.float32, order[0].long())
+    keys = rotatekv.dequantize(*parts, 2, 32, 4, torch.float32, places)
     values = rotatekv.dequantize(*held.history[3:], 2, 32, 4, torch.float32)
     exact_keys, exact_values, tokens = held.sinks
     keys = rotatekv.restore_sinks(keys, exact_keys, tokens.long())
     values = rotatekv.restore_sinks(values, exact_values, tokens.long())
-    sorting = torch.argsort(order[0].long())
-    keys = rotatekv.rotate(keys, torch.kron(mixing, matrix)[None], sorting, True)
+    keys = rotatekv.rotate(keys, torch.kron(mixing, matrix)[None], torch.argsort(order), True)
     turn = (held.position - 20 + torch.arange(21)).double().T * angles[16:]
     cos, sin = (torch.cat([x, x], -1).float() for x in (turn.cos(), turn.sin()))
     swapped = torch.cat([-keys[..., 16:], keys[..., :16]], -1)
@@ -257,6 +261,7 @@ MODELS = {
     "heads of their own norm": ("qwen3", {}),
     "two kinds of RoPE, sliding": ("gemma3_text", {}),
     "partial RoPE": ("gpt_neox", {}),
+    "interleaved RoPE": ("cohere", {}),
 }
 
 
@@ -295,3 +300,13 @@ def test_decoding_by_the_op_gives_the_logits_of_the_general_path(name, monkeypat
         monkeypatch.setattr(PackedLayer, "decodes", lambda *_: False)
         assert zoo.relative(by_the_op, logits()) < 1e-4
         assert len(calls) == 16
+
+
+def test_a_transformed_model_moves():
+    """The op's tensors follow the model, also where two modules share one."""
+    model = copy.deepcopy(zoo.packed("llama", "paper", sinks=4))
+    ids = zoo.prompt(padding=(0, 0, 0))[0]
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model._apply(torch.clone)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)

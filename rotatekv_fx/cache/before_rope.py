@@ -14,7 +14,7 @@ from rotatekv_fx.rope import Rope
 
 ops = torch.ops.rotatekv
 NAMES = tuple(
-    f"before_rope_{name}" for name in ("order", "matrix", "mixing", "partner", "size", "angles", "table")
+    f"before_rope_{name}" for name in ("order", "matrix", "mixing", "axis", "size", "angles", "table")
 )
 _MOST_ROWS = 64  # query rows of a unit of heads
 _LEAST_DIM = 16  # a tensor-core step
@@ -72,14 +72,19 @@ def key_map_before_rope(
     opposite = torch.where(partner == torch.arange(dim), 0.0, angles + angles[partner])
     if opposite.abs().max() > _SAME or not torch.allclose(size, size[partner], rtol=1e-2):
         return {}
+    axis = _neighbouring(partner)
+    if axis is None:
+        return {}
     order = torch.arange(heads * dim) if transform.order is None else torch.argsort(transform.order.cpu())
+    order = order.view(heads, dim)[:, axis].flatten()
+    size, angles = size[axis], angles[axis]
     mixing, matrix = factors
     steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
     tensors = (
         order.int()[None],
         matrix.float(),
         mixing.float(),
-        partner.int(),
+        axis.int(),
         size.float(),
         angles,
         torch.cat([steps.cos(), steps.sin()], 1).half(),
@@ -97,6 +102,22 @@ def _in_parts(quantizer: Quantizer, dim: int, block: int) -> bool:
         return False
     shared = max(1, group // dim)
     return 8 // bits % shared == 0 and dim * 16 // (group * bits) <= _MOST_PARTS
+
+
+def _neighbouring(partner: Tensor) -> Tensor | None:
+    """The channel at each place, if places differ from channels by an exchange of two bits of their numbers,
+    which the Walsh-Hadamard matrix does not see, so that a channel's partner is in the place beside its own,
+    place ^ 1; or None where there is no such exchange.
+    """
+    places = torch.arange(len(partner))
+    apart = (places ^ partner)[partner != places]
+    if not len(apart):
+        return places
+    bit = int(apart[0])
+    if (apart != bit).any() or bit & (bit - 1):
+        return None
+    ends = (places & 1).bool() != (places & bit).bool()
+    return torch.where(ends, places ^ (bit | 1), places) if bit > 1 else places
 
 
 def _factors(inverse: Tensor, dim: int) -> tuple[Tensor, Tensor] | None:

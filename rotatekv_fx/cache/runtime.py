@@ -62,9 +62,9 @@ class AttentionRuntime(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> AttentionRuntime:
         """Follow the model's device, but keep constants in the precision they were computed in."""
-        before = dict(self.named_buffers())
+        before = dict(self.named_buffers(remove_duplicate=False))
         super()._apply(fn, recurse)
-        for name, after in list(self.named_buffers()):
+        for name, after in list(self.named_buffers(remove_duplicate=False)):
             path, _, last = name.rpartition(".")
             self.get_submodule(path)._buffers[last] = before[name].to(after.device)
         return self

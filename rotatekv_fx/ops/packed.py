@@ -15,13 +15,14 @@ Their tensors come in groups, as a cache layer holds them (N slots, Ng groups of
   score with a query q is (q @ rotation) . [y, cos(p t), sin(p t)].
 
 `decode_before_rope` has a key_map of its own, for keys that are stored before RoPE, rotated over G
-neighbouring heads and reordered over all channels, whose codes lie in the order before (`order` of the op
-`quantize`): order int32 [1, Hkv * D], the stored channel of each rotated one; matrix fp32 [D, D], a
-Walsh-Hadamard one times a power of two, and mixing fp32 [G, G], whose Kronecker product mixing x matrix
-undoes the rotation; and RoPE, which turns channel c at position p with its
-partner c': partner int32 [D], size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a tile's cosines
-and sines. With k the key rotated back, a score is the sum over c of
-size_c k_c (q_c cos(p t_c) - q_c' sin(p t_c)).
+neighbouring heads and reordered over all channels. Their codes lie in places that know of no reordering: a
+head's places are its rotated channels, or those with two bits of their numbers exchanged, so that the
+channels that RoPE turns together, rotated back, are in places i and i ^ 1. order int32 [1, Hkv * D] is the
+stored channel of each place (`order` of the op `quantize`); matrix fp32 [D, D], a Walsh-Hadamard one times a
+power of two, and mixing fp32 [G, G] undo the rotation by their Kronecker product mixing x matrix; axis int32
+[D] is the channel of each place after that; size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a
+tile's cosines and sines, are RoPE. With k the key rotated back and q the query, both in places, a score is
+the sum over i of size_i k_i (q_i cos(p t_i) - q_(i ^ 1) sin(p t_i)).
 
 Positions of a sequence's tokens are taken to be consecutive: position - number is that of the newest token.
 """

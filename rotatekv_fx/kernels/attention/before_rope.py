@@ -22,7 +22,7 @@ from torch import Tensor
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention.exact import exact_tokens
 from rotatekv_fx.kernels.attention.history import code_plane, plane_factor
-from rotatekv_fx.kernels.attention.scores import HIDDEN
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED
 from rotatekv_fx.kernels.attention.triton import Parts, attend
 from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.programs import cos_sin
@@ -34,61 +34,88 @@ _STEP_UNIT = tl.constexpr(65536.0)  # and codes as fp16 subnormals: 2^24 / 256
 
 
 @triton.jit
-def _walsh(parts, LOG: tl.constexpr):
-    """2^LOG tensors, as a vector, times the Walsh-Hadamard matrix of ones and minus ones."""
-    for stage in tl.static_range(LOG):
-        turned = ()
-        for i in tl.static_range(1 << LOG):
-            if (i >> stage) & 1:
-                turned = turned + (parts[i - (1 << stage)] - parts[i],)
-            else:
-                turned = turned + (parts[i] + parts[i + (1 << stage)],)
-        parts = turned
-    return parts
+def _halves(x):
+    """x [rows, 2 * W] as two [rows, W]."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
 @triton.jit
-def _columns(x, LOG: tl.constexpr):
+def _beside(parts, LOG: tl.constexpr):
+    """2^LOG tensors [rows, W] as one [rows, 2^LOG * W]."""
+    for stage in tl.static_range(LOG):
+        wider = ()
+        for i in tl.static_range(1 << (LOG - stage - 1)):
+            pair = tl.permute(tl.join(parts[2 * i], parts[2 * i + 1]), (0, 2, 1))
+            wider = wider + (tl.reshape(pair, [pair.shape[0], 2 * pair.shape[2]]),)
+        parts = wider
+    return parts[0]
+
+
+@triton.jit
+def _columns(parts, LOG: tl.constexpr):
     """x [rows, 2^LOG * W] as 2^LOG tensors [rows, W]."""
-    parts = (x,)
     for stage in tl.static_range(LOG):
-        halves = ()
+        narrower = ()
         for i in tl.static_range(1 << stage):
-            part = tl.reshape(parts[i], [x.shape[0], 2, x.shape[1] >> (stage + 1)])
-            low, high = tl.split(tl.permute(part, (0, 2, 1)))
-            halves = halves + (low, high)
-        parts = halves
+            low, high = _halves(parts[i])
+            narrower = narrower + (low, high)
+        parts = narrower
     return parts
 
 
 @triton.jit
-def _channel(part, word, RUN: tl.constexpr):
-    """Channel of a head whose code is in a word of a part: parts are the halves of runs of RUN bytes."""
-    return part // 2 * RUN + 2 * word + part % 2
+def _numbers(
+    words, steps, shifts, FIRST: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr, LOG: tl.constexpr
+):
+    """fp16 code * step + shift of every second channel; steps in units of 2^-24."""
+    steps, shifts = _columns((steps,), LOG), _columns((shifts,), LOG)
+    parts = ()
+    for i in tl.static_range(1 << LOG):
+        factor = tl.full([1, 1], plane_factor(FIRST + i % PLANES, BITS), tl.float16)
+        codes = code_plane(words[i // PLANES], FIRST + i % PLANES, BITS)
+        parts = parts + (codes * (steps[i] * factor) + shifts[i],)
+    return _beside(parts, LOG)
 
 
 @triton.jit
-def _numbers(words, step, shift, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """fp16 code * step + shift of one plane; `step` in units of 2^-24."""
-    factor = tl.full([1, 1], plane_factor(PLANE, BITS), tl.float16)
-    return code_plane(words, PLANE, BITS) * (step * factor) + shift
+def _turned(first, other, cos, sin):
+    """The last stage of a Walsh-Hadamard product, whose results are partners, and their turn by RoPE; fp16. On
+    a GPU two numbers at a time: left to itself the compiler pairs others, and moves them about.
+    """
+    if INTERPRETED:
+        even, odd = first + other, first - other
+        return even * cos + odd * sin, odd * cos - even * sin
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 even, odd, part;
+        add.f16x2 even, $2, $3;
+        sub.f16x2 odd, $2, $3;
+        mul.f16x2 part, odd, $5;
+        fma.rn.f16x2 $0, even, $4, part;
+        mul.f16x2 part, even, $5;
+        neg.f16x2 part, part;
+        fma.rn.f16x2 $1, odd, $4, part;
+        }""",
+        "=&r,=&r,r,r,r,r", [first, other, cos, sin], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
+    )  # fmt: skip
 
 
 @triton.jit
-def _query(row, inside, query_ptr, channel, real, partner_ptr, size_ptr, D: tl.constexpr):  # fmt: skip
-    """What cosines and sines of the channels meet: fp32 [channels, rows] each."""
-    partner = tl.load(partner_ptr + channel, mask=real, other=0)
-    size = tl.load(size_ptr + channel, mask=real, other=0.0)[:, None]
+def _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D: tl.constexpr):
+    """fp32 [places, rows] of a query in the places' channels, and in those of their partners."""
     keep = real[:, None] & inside[None, :]
-    own = tl.load(query_ptr + row[None, :] * D + channel[:, None], mask=keep, other=0.0)
-    other = tl.load(query_ptr + row[None, :] * D + partner[:, None], mask=keep, other=0.0)
-    return own.to(tl.float32) * size, -other.to(tl.float32) * size
+    size = tl.load(size_ptr + place, mask=real, other=0.0)[:, None]
+    own = tl.load(axis_ptr + place, mask=real, other=0)[:, None]
+    partner = tl.load(axis_ptr + (place ^ 1), mask=real, other=0)[:, None]
+    own = tl.load(query_ptr + row[None, :] * D + own, mask=keep, other=0.0)
+    partner = tl.load(query_ptr + row[None, :] * D + partner, mask=keep, other=0.0)
+    return own.to(tl.float32) * size, partner.to(tl.float32) * size
 
 
 @triton.jit
 def _score_history(
     batch, unit, split, splits, first, last, position, query_ptr,
-    order_ptr, matrix_ptr, mixing_ptr, partner_ptr, size_ptr, angle_ptr, table_ptr,
+    order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr, table_ptr,
     key_codes, key_scale, key_offset, capacity, mask_ptr, mask_stride, mask_offset, mask_columns,
     scale, score_ptr, columns, units,
     G: tl.constexpr, REPEATS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, KG: tl.constexpr,
@@ -97,14 +124,13 @@ def _score_history(
 ):  # fmt: skip
     """Scores of one share of the history."""
     R: tl.constexpr = G * REPEATS
-    C: tl.constexpr = 1 << LOG
-    RUN: tl.constexpr = 2 * W
+    HALF: tl.constexpr = WP << LOG  # of a head's places, those that pad words included
     SHARE: tl.constexpr = GROUP // D if GROUP > D else 1  # heads whose codes lie with one group
     REGIONS: tl.constexpr = D // GROUP if D > GROUP else 1  # groups that a head's codes lie with
     PLANES: tl.constexpr = 8 // BITS // SHARE
     TOP: tl.constexpr = (1 << BITS) - 1
     rows, tokens, word, group = tl.arange(0, M), tl.arange(0, N), tl.arange(0, WP), tl.arange(0, KGP)
-    inside, real = rows < R, word < W
+    inside = rows < R
     skipped = first // N
     tiles = tl.cdiv(tl.cdiv(last, N) - skipped, splits)
     start = (skipped + split * tiles) * N
@@ -112,37 +138,41 @@ def _score_history(
     key_rows = (batch * KG).to(tl.int64) * capacity
     key_scale += key_rows
     key_offset += key_rows
-    key_codes += (key_rows + unit * (G * D // GROUP) * tl.cast(capacity, tl.int64)) * RUN
+    key_codes += (key_rows + unit * (G * D // GROUP) * tl.cast(capacity, tl.int64)) * (2 * W)
     mask_ptr += batch.to(tl.int64) * mask_stride
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    matrix = tl.load(
-        matrix_ptr + word[:, None] * D + word[None, :], mask=real[:, None] & real[None, :], other=0.0
-    ).to(tl.float16)
-    column = tl.arange(0, C * WP)
-    spread_channel = _channel(column // WP, column % WP, RUN)
-    spread_real = column % WP < W
 
-    largest = 1.0e-30  # the unit's largest query channel is brought to 1, so that fp16 holds all
-    from_cos, from_sin = (), ()
-    turn_cos, turn_sin = (), ()
-    table_cos, table_sin = (), ()
-    for i in tl.static_range(C):
-        channel = _channel(i, word, RUN)
-        on_cos, on_sin = _query(row, inside, query_ptr, channel, real, partner_ptr, size_ptr, D)
-        largest = tl.maximum(largest, tl.max(tl.max(tl.abs(on_cos), 1), 0))
-        angles = tl.load(angle_ptr + channel, mask=real, other=0.0)
-        cos, sin = cos_sin((position + start).to(tl.float64) * angles)
-        cos, sin = cos[:, None], sin[:, None]
-        from_cos = from_cos + (on_cos * cos + on_sin * sin,)
-        from_sin = from_sin + (on_sin * cos - on_cos * sin,)
-        cos, sin = cos_sin(N * angles)
-        turn_cos, turn_sin = turn_cos + (cos[:, None],), turn_sin + (sin[:, None],)
-        table = table_ptr + tokens[:, None] * (2 * D) + channel[None, :]
-        table_cos = table_cos + (tl.load(table, mask=real[None, :], other=0.0),)
-        table_sin = table_sin + (tl.load(table + D, mask=real[None, :], other=0.0),)
-    by_cos, by_sin = (), ()
-    for i in tl.static_range(C):
-        by_cos, by_sin = by_cos + (from_cos[i] / largest,), by_sin + (from_sin[i] / largest,)
+    column = tl.arange(0, HALF)
+    real = column % WP < W
+    place = column // WP * (2 * W) + 2 * (column % WP)  # even ones; a channel's partner is in the next place
+    matrix = tl.load(
+        matrix_ptr + place[:, None] * D + place[None, :], mask=real[:, None] & real[None, :], other=0.0
+    ).to(tl.float16)
+    column = tl.arange(0, 2 * HALF)
+    both_real = column % WP < W
+    both = column % HALF // WP * (2 * W) + 2 * (column % WP) + column // HALF
+    spreads, mixings = (), ()
+    for head in tl.static_range(G):
+        source = tl.load(order_ptr + (unit * G + head) * D + both, mask=both_real, other=0)
+        of_group = (group[:, None] == (source // GROUP)[None, :]) & both_real[None, :]
+        spreads = spreads + (tl.where(of_group, 1.0, 0.0).to(tl.float16),)
+        mixing = tl.load(mixing_ptr + head * G + rows // REPEATS, mask=inside, other=0.0)
+        mixings = mixings + (mixing[None, :],)
+
+    on_even, on_odd = _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D)
+    largest = tl.max(tl.max(tl.maximum(tl.abs(on_even), tl.abs(on_odd)), 1), 0)
+    largest = tl.maximum(largest, 1.0e-30)  # the unit's largest is brought to 1, so that fp16 holds all
+    angles = tl.load(angle_ptr + place, mask=real, other=0.0)
+    cos, sin = cos_sin((position + start).to(tl.float64) * angles)
+    cos, sin = (cos / largest)[:, None], (sin / largest)[:, None]
+    even, odd = on_even * cos - on_odd * sin, on_odd * cos + on_even * sin
+    cos, sin = cos_sin(N * angles)
+    turn_cos, turn_sin = cos[:, None], sin[:, None]
+    table = table_ptr + tokens[:, None] * (2 * D) + place[None, :]
+    eye = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(tl.float16)
+    # through a product, or the compiler packs them anew for each use
+    table_cos = tl.dot(tl.load(table, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
+    table_sin = tl.dot(tl.load(table + D, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
 
     for n0 in tl.range(start, stop, N):
         number = n0 + tokens
@@ -152,9 +182,9 @@ def _score_history(
             slot = slot % capacity
         seen = (tl.load(key_scale + slot, mask=held, other=-1.0).to(tl.float32) < 0.0) == 0
         if MASKED:
-            place = number - mask_offset
-            known = held & (place >= 0) & (place < mask_columns)  # columns without a word are hidden
-            seen = seen & (tl.load(mask_ptr + place, mask=known, other=0) != 0)
+            shown = number - mask_offset
+            known = held & (shown >= 0) & (shown < mask_columns)  # columns without a word are hidden
+            seen = seen & (tl.load(mask_ptr + shown, mask=known, other=0) != 0)
         at = group.to(tl.int64)[None, :] * capacity + slot[:, None]
         keep = seen[:, None] & (group < KG)[None, :]
         step = tl.load(key_scale + at, mask=keep, other=0.0).to(tl.float32)
@@ -164,50 +194,31 @@ def _score_history(
         widest = tl.maximum(tl.max(tl.maximum(tl.abs(shift), step * TOP), 1), 1.0e-30)
         share = (1.0 / widest)[:, None]
         step, shift = (step * share * _STEP_UNIT).to(tl.float16), (shift * share / _UNIT).to(tl.float16)
-        queries_cos, queries_sin = (), ()
-        for i in tl.static_range(C):
-            queries_cos = queries_cos + (by_cos[i].to(tl.float16),)
-            queries_sin = queries_sin + (by_sin[i].to(tl.float16),)
+        query_even, query_odd = even.to(tl.float16), odd.to(tl.float16)
         scores = tl.zeros([N, M], tl.float32)
-        for block in range(G // SHARE):
+        for block in tl.static_range(G // SHARE):
             words = ()
             for q in tl.static_range(REGIONS):
                 region = (block * REGIONS + q) * tl.cast(capacity, tl.int64)
-                bytes_at = (key_codes + region * RUN).to(tl.pointer_type(tl.int16), bitcast=True)
+                bytes_at = (key_codes + region * (2 * W)).to(tl.pointer_type(tl.int16), bitcast=True)
                 words = words + (
                     tl.load(
                         bytes_at + slot.to(tl.int64)[:, None] * W + word[None, :],
-                        mask=held[:, None] & real[None, :] if W < WP else held[:, None], other=0,
+                        mask=held[:, None] & (word < W)[None, :] if W < WP else held[:, None], other=0,
                     ),
                 )  # fmt: skip
             for s in tl.static_range(SHARE):
-                head = block * SHARE + s
-                source = tl.load(
-                    order_ptr + (unit * G + head) * D + spread_channel, mask=spread_real, other=0
-                )
-                spread = (group[:, None] == (source // GROUP)[None, :]) & spread_real[None, :]
-                spread = tl.where(spread, 1.0, 0.0).to(tl.float16)
-                steps = _columns(tl.dot(step, spread, out_dtype=tl.float16), LOG)
-                shifts = _columns(tl.dot(shift, spread, out_dtype=tl.float16), LOG)
-                parts = ()
-                for i in tl.static_range(C):
-                    part = _numbers(
-                        words[i // 2 // PLANES], steps[i], shifts[i],
-                        s * PLANES + i // 2 % PLANES + i % 2 * (8 // BITS), BITS,
-                    )  # fmt: skip
-                    parts = parts + (tl.dot(part, matrix, out_dtype=tl.float16),)
-                parts = _walsh(parts, LOG)
-                own = tl.zeros([N, M], tl.float32)
-                for i in tl.static_range(C):
-                    own = tl.dot(parts[i] * table_cos[i], queries_cos[i], own)
-                    own = tl.dot(parts[i] * table_sin[i], queries_sin[i], own)
-                mixing = tl.load(mixing_ptr + head * G + rows // REPEATS, mask=inside, other=0.0)
-                scores += own * mixing[None, :]
-        new_cos, new_sin = (), ()
-        for i in tl.static_range(C):
-            new_cos = new_cos + (by_cos[i] * turn_cos[i] + by_sin[i] * turn_sin[i],)
-            new_sin = new_sin + (by_sin[i] * turn_cos[i] - by_cos[i] * turn_sin[i],)
-        by_cos, by_sin = new_cos, new_sin
+                spread = spreads[block * SHARE + s]
+                steps = _halves(tl.dot(step, spread, out_dtype=tl.float16))
+                shifts = _halves(tl.dot(shift, spread, out_dtype=tl.float16))
+                first_half = _numbers(words, steps[0], shifts[0], s * PLANES, BITS, PLANES, LOG)
+                other_half = _numbers(words, steps[1], shifts[1], s * PLANES + 8 // BITS, BITS, PLANES, LOG)
+                first_half = tl.dot(first_half, matrix, out_dtype=tl.float16)
+                other_half = tl.dot(other_half, matrix, out_dtype=tl.float16)
+                key_even, key_odd = _turned(first_half, other_half, table_cos, table_sin)
+                own = tl.dot(key_odd, query_odd, tl.dot(key_even, query_even))
+                scores += own * mixings[block * SHARE + s]
+        even, odd = even * turn_cos - odd * turn_sin, odd * turn_cos + even * turn_sin
         scores = scores * (widest * (largest * scale * _UNIT))[:, None]
         tl.store(
             score_ptr + row[None, :] * columns + slot[:, None], tl.where(seen[:, None], scores, HIDDEN),
@@ -218,7 +229,7 @@ def _score_history(
 @triton.jit
 def _score_exact(
     batch, unit, tile, newest, earliest, position, query_ptr,
-    order_ptr, matrix_ptr, mixing_ptr, partner_ptr, size_ptr, angle_ptr,
+    order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr,
     recent_keys, ring, sink_keys, sink_tokens, mask_ptr, mask_stride, mask_offset, mask_columns,
     scale, score_ptr, columns, units,
     G: tl.constexpr, REPEATS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr,
@@ -227,16 +238,16 @@ def _score_exact(
     """Scores of one tile of sinks that left the window, or of the window's tokens, from column 0 on."""
     R: tl.constexpr = G * REPEATS
     STEP: tl.constexpr = 32 if D > 32 else D
-    rows, channel, source = tl.arange(0, M), tl.arange(0, D), tl.arange(0, STEP)
-    inside, real = rows < R, channel >= 0
+    rows, place, source = tl.arange(0, M), tl.arange(0, D), tl.arange(0, STEP)
+    inside, real = rows < R, place >= 0
     number, seen, keys, _, rows_held, slot = exact_tokens(
         batch, tile, newest, earliest, recent_keys, recent_keys, ring, sink_keys, sink_keys, sink_tokens,
         mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
     )  # fmt: skip
-    angles = tl.load(angle_ptr + channel)
+    angles = tl.load(angle_ptr + place)
     cos, sin = cos_sin((position + number).to(tl.float64)[:, None] * angles[None, :])
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    on_cos, on_sin = _query(row, inside, query_ptr, channel, real, partner_ptr, size_ptr, D)
+    on_cos, on_sin = _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D)
     first_head = (batch * units * G).to(tl.int64)
     scores = tl.zeros([NE, M], tl.float32)
     for g in range(G):
@@ -245,10 +256,10 @@ def _score_exact(
             stored = tl.load(order_ptr + (unit * G + g) * D + c0 + source)
             at = ((first_head + stored // D) * rows_held)[None, :] + slot[:, None]
             x = tl.load(keys + at * D + (stored % D)[None, :], mask=seen[:, None], other=0.0)
-            matrix = tl.load(matrix_ptr + (c0 + source)[:, None] * D + channel[None, :])
+            matrix = tl.load(matrix_ptr + (c0 + source)[:, None] * D + place[None, :])
             key = tl.dot(x, matrix.to(x.dtype), key)
         own = tl.dot(key * cos, on_cos, tl.zeros([NE, M], tl.float32), input_precision="tf32")
-        own = tl.dot(key * sin, on_sin, own, input_precision="tf32")
+        own = tl.dot(key * -sin, on_sin, own, input_precision="tf32")
         mixing = tl.load(mixing_ptr + g * G + rows // REPEATS, mask=inside, other=0.0)
         scores += own * mixing[None, :]
     column = tile * NE + tl.arange(0, NE)
@@ -261,7 +272,7 @@ def _score_exact(
 @triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride"])
 def score_kernel(
     count_ptr, number, query_ptr,
-    order_ptr, matrix_ptr, mixing_ptr, partner_ptr, size_ptr, angle_ptr, table_ptr,
+    order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr, table_ptr,
     key_codes, key_scale, key_offset, capacity, recent_keys, ring, sink_keys, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns, position_ptr, position_stride,
     scale, score_ptr, columns, units,
@@ -288,7 +299,7 @@ def score_kernel(
     if split < splits:
         _score_history(
             batch, unit, split, splits, earliest, tl.maximum(newest + 1 - WINDOW, earliest), position,
-            query_ptr, order_ptr, matrix_ptr, mixing_ptr, partner_ptr, size_ptr, angle_ptr, table_ptr,
+            query_ptr, order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr, table_ptr,
             key_codes, key_scale, key_offset, capacity, mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, score_ptr, columns, units,
             G, REPEATS, M, D, KG, KGP, GROUP, BITS, W, WP, LOG, N, MIDPOINT, WRAPS, MASKED,
@@ -296,7 +307,7 @@ def score_kernel(
     elif EXACT > 0:
         _score_exact(
             batch, unit, split - splits, newest, earliest, position, query_ptr,
-            order_ptr, matrix_ptr, mixing_ptr, partner_ptr, size_ptr, angle_ptr,
+            order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr,
             recent_keys, ring, sink_keys, sink_tokens, mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, score_ptr + capacity, columns, units, G, REPEATS, M, D, SINKS, WINDOW, NE, MASKED,
         )  # fmt: skip
@@ -326,7 +337,7 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         COUNTED=held.count is not None, G=group, REPEATS=repeats,
         M=max(8, triton.next_power_of_2(group * repeats)), D=dim, KG=groups,
         KGP=max(16, triton.next_power_of_2(groups)), GROUP=held.key_group, BITS=held.key_bits, W=words,
-        WP=max(16, words), LOG=(dim // words).bit_length() - 1,
+        WP=max(16, words), LOG=(dim // words // 2).bit_length() - 1,
         SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE, NE=_EXACT_TILE,
         MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked, num_warps=4,
         maxnreg=tuning.SCORE_REGISTERS,
