@@ -40,6 +40,18 @@ def _halves(x):
 
 
 @triton.jit
+def _above(x, y):
+    """x and y [rows, W] as one [2 * rows, W]."""
+    return tl.reshape(tl.permute(tl.join(x, y), (2, 0, 1)), [2 * x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def _upper_and_lower(x):
+    """x [2 * rows, W] as two [rows, W]."""
+    return tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, x.shape[1]]), (1, 2, 0)))
+
+
+@triton.jit
 def _beside(parts, LOG: tl.constexpr):
     """2^LOG tensors [rows, W] as one [rows, 2^LOG * W]."""
     for stage in tl.static_range(LOG):
@@ -113,6 +125,16 @@ def _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D: tl.conste
 
 
 @triton.jit
+def _places(n0, tokens, first, stop, capacity, WRAPS: tl.constexpr):
+    """Numbers of a tile's tokens, whether the share has them, and their slots."""
+    number = n0 + tokens
+    slot = number
+    if WRAPS:
+        slot = slot % capacity
+    return number, (number >= first) & (number < stop), slot
+
+
+@triton.jit
 def _score_history(
     batch, unit, split, splits, first, last, position, query_ptr,
     order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr, table_ptr,
@@ -174,27 +196,31 @@ def _score_history(
     table_cos = tl.dot(tl.load(table, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
     table_sin = tl.dot(tl.load(table + D, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
 
+    at = group.to(tl.int64)[None, :] * capacity
+    real_group = (group < KG)[None, :]
+    number, held, slot = _places(start, tokens, first, stop, capacity, WRAPS)
+    shown = tl.load(key_scale + slot, mask=held, other=-1.0)
+    next_step = tl.load(key_scale + at + slot[:, None], mask=held[:, None] & real_group, other=0.0)
+    next_shift = tl.load(key_offset + at + slot[:, None], mask=held[:, None] & real_group, other=0)
     for n0 in tl.range(start, stop, N):
-        number = n0 + tokens
-        held = (number >= first) & (number < stop)
-        slot = number
-        if WRAPS:
-            slot = slot % capacity
-        seen = (tl.load(key_scale + slot, mask=held, other=-1.0).to(tl.float32) < 0.0) == 0
+        number, held, slot = _places(n0, tokens, first, stop, capacity, WRAPS)
+        seen = (shown.to(tl.float32) < 0.0) == 0
+        step, shift = next_step.to(tl.float32), next_shift.to(tl.float32)
+        _, ahead, later = _places(n0 + N, tokens, first, stop, capacity, WRAPS)
+        shown = tl.load(key_scale + later, mask=ahead, other=-1.0)
+        next_step = tl.load(key_scale + at + later[:, None], mask=ahead[:, None] & real_group, other=0.0)
+        next_shift = tl.load(key_offset + at + later[:, None], mask=ahead[:, None] & real_group, other=0)
         if MASKED:
-            shown = number - mask_offset
-            known = held & (shown >= 0) & (shown < mask_columns)  # columns without a word are hidden
-            seen = seen & (tl.load(mask_ptr + shown, mask=known, other=0) != 0)
-        at = group.to(tl.int64)[None, :] * capacity + slot[:, None]
-        keep = seen[:, None] & (group < KG)[None, :]
-        step = tl.load(key_scale + at, mask=keep, other=0.0).to(tl.float32)
-        shift = tl.load(key_offset + at, mask=keep, other=0).to(tl.float32)
+            word_at = number - mask_offset
+            known = held & (word_at >= 0) & (word_at < mask_columns)  # columns without a word are hidden
+            seen = seen & (tl.load(mask_ptr + word_at, mask=known, other=0) != 0)
         if not MIDPOINT:
             shift = -step * shift
         widest = tl.maximum(tl.max(tl.maximum(tl.abs(shift), step * TOP), 1), 1.0e-30)
         share = (1.0 / widest)[:, None]
         step, shift = (step * share * _STEP_UNIT).to(tl.float16), (shift * share / _UNIT).to(tl.float16)
-        query_even, query_odd = even.to(tl.float16), odd.to(tl.float16)
+        step_and_shift = _above(step, shift)
+        query = _above(even, odd).to(tl.float16)
         scores = tl.zeros([N, M], tl.float32)
         for block in tl.static_range(G // SHARE):
             words = ()
@@ -209,14 +235,14 @@ def _score_history(
                 )  # fmt: skip
             for s in tl.static_range(SHARE):
                 spread = spreads[block * SHARE + s]
-                steps = _halves(tl.dot(step, spread, out_dtype=tl.float16))
-                shifts = _halves(tl.dot(shift, spread, out_dtype=tl.float16))
+                steps, shifts = _upper_and_lower(tl.dot(step_and_shift, spread, out_dtype=tl.float16))
+                steps, shifts = _halves(steps), _halves(shifts)
                 first_half = _numbers(words, steps[0], shifts[0], s * PLANES, BITS, PLANES, LOG)
                 other_half = _numbers(words, steps[1], shifts[1], s * PLANES + 8 // BITS, BITS, PLANES, LOG)
-                first_half = tl.dot(first_half, matrix, out_dtype=tl.float16)
-                other_half = tl.dot(other_half, matrix, out_dtype=tl.float16)
+                halves = tl.dot(_above(first_half, other_half), matrix, out_dtype=tl.float16)
+                first_half, other_half = _upper_and_lower(halves)
                 key_even, key_odd = _turned(first_half, other_half, table_cos, table_sin)
-                own = tl.dot(key_odd, query_odd, tl.dot(key_even, query_even))
+                own = tl.dot(_beside((key_even, key_odd), 1), query)
                 scores += own * mixings[block * SHARE + s]
         even, odd = even * turn_cos - odd * turn_sin, odd * turn_cos + even * turn_sin
         scores = scores * (widest * (largest * scale * _UNIT))[:, None]
