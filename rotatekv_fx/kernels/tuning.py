@@ -9,7 +9,6 @@ import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
-SCORE_REGISTERS = 168  # three programs a multiprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +85,9 @@ def decode_choice(
 
 def score_splits(device: torch.device, units: int, capacity: int) -> int:
     """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE: as
-    many programs as run at once, or several times as many where that is not near a whole number a unit.
+    many programs as run at once, by their registers, or several times as many where that is not near a whole
+    number a unit.
     """
-    wave, tiles = 3 * _multiprocessors(device), max(1, -(-capacity // SCORE_TILE))
+    wave, tiles = 2 * _multiprocessors(device), max(1, -(-capacity // SCORE_TILE))
     splits = wave // units if 4 * units <= wave else -(-4 * wave // units)
     return -(-tiles // -(-tiles // min(splits, tiles)))

@@ -3,11 +3,15 @@ makes the scores; the kernels of `decode` do the rest.
 
 A program serves a unit of G heads and a share of the tokens, one rotated head after another. A head's codes
 are words of 16 bits, read as in `history.py`; the scales and offsets of their channels, which may belong to
-any group, are spread from groups to channels by a product with a 0-1 matrix. D = C * W channels, W in the
-words and C in their bits, are rotated back as H_C x H_W: by a product with H_W in tensor cores, and by
-additions among the C results. The sum over heads is taken of the scores, of which there are fewer than
-channels. RoPE multiplies the key by a fixed table of a tile's cosines and sines; the rest of it goes to the
-query, whose coefficients turn by a fixed angle from tile to tile.
+any group, are spread from groups to channels by a product with a 0-1 matrix. Channels that RoPE turns
+together lie in neighbouring places (`rotatekv_fx.ops.packed`), even ones in the low bytes of words and odd
+ones in the high bytes. Each half is rotated back by a product, the last stage of the Walsh-Hadamard matrix
+adds and subtracts the halves, and RoPE mixes the two results, all in the registers in which products leave
+them. It turns a key by its place in the tile, by a fixed table; the rest of the turn is the query's, by a
+fixed angle from tile to tile. The sum over heads is taken of the scores, of which there are fewer than
+channels.
+
+Products are few and large because a program waits for each. Scales are read a tile ahead of their use.
 """
 
 from __future__ import annotations
@@ -91,8 +95,9 @@ def _numbers(
 
 @triton.jit
 def _turned(first, other, cos, sin):
-    """The last stage of a Walsh-Hadamard product, whose results are partners, and their turn by RoPE; fp16. On
-    a GPU two numbers at a time: left to itself the compiler pairs others, and moves them about.
+    """The last stage of a Walsh-Hadamard product, whose results are partners, and their turn by RoPE; fp16.
+
+    On a GPU two numbers at a time: left to itself the compiler pairs others, and moves them about.
     """
     if INTERPRETED:
         even, odd = first + other, first - other
@@ -205,7 +210,7 @@ def _score_history(
     for n0 in tl.range(start, stop, N):
         number, held, slot = _places(n0, tokens, first, stop, capacity, WRAPS)
         seen = (shown.to(tl.float32) < 0.0) == 0
-        step, shift = next_step.to(tl.float32), next_shift.to(tl.float32)
+        step, shift = tl.abs(next_step.to(tl.float32)), next_shift.to(tl.float32)
         _, ahead, later = _places(n0 + N, tokens, first, stop, capacity, WRAPS)
         shown = tl.load(key_scale + later, mask=ahead, other=-1.0)
         next_step = tl.load(key_scale + at + later[:, None], mask=ahead[:, None] & real_group, other=0.0)
@@ -366,6 +371,5 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         WP=max(16, words), LOG=(dim // words // 2).bit_length() - 1,
         SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE, NE=_EXACT_TILE,
         MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked, num_warps=4,
-        maxnreg=tuning.SCORE_REGISTERS,
     )  # fmt: skip
     return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)
