@@ -9,6 +9,7 @@ import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
+_SCORE_BEGINS = 3  # tiles' time that a program spends before its first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +85,9 @@ def decode_choice(
 
 
 def score_splits(device: torch.device, units: int, capacity: int) -> int:
-    """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE: as
-    many programs as run at once, by their registers, or several times as many where that is not near a whole
-    number a unit.
+    """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE:
+    those that end first when as many programs run at once as their registers allow.
     """
     wave, tiles = 2 * _multiprocessors(device), max(1, -(-capacity // SCORE_TILE))
-    splits = wave // units if 4 * units <= wave else -(-4 * wave // units)
-    return -(-tiles // -(-tiles // min(splits, tiles)))
+    most = min(tiles, max(1, 4 * wave // units))
+    return min(range(1, most + 1), key=lambda n: -(-units * n // wave) * (-(-tiles // n) + _SCORE_BEGINS))
