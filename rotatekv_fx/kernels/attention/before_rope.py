@@ -32,6 +32,7 @@ from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 from rotatekv_fx.kernels.quantize.triton import launch_step, quantizing
 
+_EXACT_TILE = 16
 _UNIT = tl.constexpr(256.0)  # keys enter the products as shares of the token's largest, over this
 _STEP_UNIT = tl.constexpr(65536.0)  # and codes as fp16 subnormals: 2^24 / 256
 
@@ -354,9 +355,9 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
     launch_step(codes, held, 1 if held.recent else 0, before)
     group = held.key_map[2].shape[0]
     units, repeats, groups = heads // group, query_heads // heads, history[0].shape[1]
-    parts = Parts.of(key, value, held, scoring.mask, 32 if dim <= 128 else 16)
+    parts = Parts.of(key, value, held, scoring.mask, _EXACT_TILE)
     splits = tuning.score_splits(query.device, batch * units, held.capacity)
-    columns = held.capacity + parts.exact_tiles * parts.exact_tile
+    columns = held.capacity + parts.exact_tiles * _EXACT_TILE
     scores = query.new_empty((batch, query_heads, columns), dtype=torch.float32)
     words = history[0].shape[3] // 2
     score_kernel[(batch * units, splits + parts.exact_tiles)](
@@ -369,7 +370,7 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         KGP=max(16, triton.next_power_of_2(groups)), GROUP=held.key_group, BITS=held.key_bits, W=words,
         WP=max(16, words), LOG=(dim // words // 2).bit_length() - 1,
         SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE,
-        NE=parts.exact_tile, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
+        NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
         num_warps=4,
     )  # fmt: skip
     return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)
