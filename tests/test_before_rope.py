@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 import rotatekv_fx as rk
 from rotatekv_fx import ops  # noqa: F401  (registers the ops)
-from rotatekv_fx.cache.before_rope import _neighbouring
+from rotatekv_fx.cache import before_rope
 from rotatekv_fx.cache.layers import PackedLayer
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels.attention import reference
@@ -85,7 +85,7 @@ def build(
 
     matrix = hadamard(dim, torch.float32).sign() / 8
     mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
-    axis = _neighbouring((torch.arange(dim) + dim // 2) % dim)
+    axis = before_rope._neighbouring((torch.arange(dim) + dim // 2) % dim)
     theta = 10000.0 ** -(axis % (dim // 2) / (dim / 2)).double()
     key_map = [
         torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
@@ -310,3 +310,10 @@ def test_a_transformed_model_moves():
         expected = model(ids, use_cache=False).logits
         model._apply(torch.clone)
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def test_too_many_heads_are_read_the_general_way(monkeypatch):
+    """The kernel keeps matrices for all heads of a unit in a multiprocessor's own memory."""
+    monkeypatch.setattr(before_rope, "_MOST_SPREAD", 0)
+    packed = zoo.transformed(zoo.shared("llama"), "paper", zoo.shared_calibration("llama"), sinks=4)
+    assert not any("decode_before_rope" in site.lowered for site in rk.report(packed).sites)
