@@ -26,10 +26,10 @@ from rotatekv_fx import ops  # noqa: F401  (registers the ops)
 from rotatekv_fx.cache import before_rope
 from rotatekv_fx.cache.layers import PackedLayer
 from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.held import Held, Scoring
-from rotatekv_fx.kernels.tuning import TABLE_TOKENS
 
 rotatekv = torch.ops.rotatekv
 
@@ -91,7 +91,7 @@ def build(
         torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
         axis.int(), torch.full((dim,), 1.1), torch.where(axis < dim // 2, -theta, theta),
     ]  # fmt: skip
-    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
+    steps = torch.arange(tuning.TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
     key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
     keys, values, history, recent, store = empty_layer(
         g,
@@ -191,9 +191,20 @@ def test_a_key_map_of_the_other_op_is_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", marked(CASES, QUICK))
 def test_the_kernels_match_the_reference(name):
+    compare(build(**CASES[name]))
+
+
+@needs_kernels
+@pytest.mark.gpu
+def test_matrices_that_shared_memory_cannot_keep(monkeypatch):
+    monkeypatch.setattr(tuning, "SCORE_RESIDENT", 0)
+    compare(build(group=64))
+
+
+def compare(arguments):
+    """The kernels' result, and what they store, with the reference's."""
     from rotatekv_fx.kernels.attention import before_rope as kernels
 
-    arguments = build(**CASES[name])
     expected_arguments, actual_arguments = copied(arguments), copied(arguments, DEVICE)
     expected = reference.decode_before_rope(expected_arguments[0].float(), *expected_arguments[1:])
     actual = kernels.decode_before_rope(*actual_arguments)
@@ -310,10 +321,3 @@ def test_a_transformed_model_moves():
         expected = model(ids, use_cache=False).logits
         model._apply(torch.clone)
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
-
-
-def test_too_many_heads_are_read_the_general_way(monkeypatch):
-    """The kernel keeps matrices for all heads of a unit in a multiprocessor's own memory."""
-    monkeypatch.setattr(before_rope, "_MOST_SPREAD", 0)
-    packed = zoo.transformed(zoo.shared("llama"), "paper", zoo.shared_calibration("llama"), sinks=4)
-    assert not any("decode_before_rope" in site.lowered for site in rk.report(packed).sites)

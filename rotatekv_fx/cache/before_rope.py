@@ -19,7 +19,6 @@ NAMES = tuple(
 _MOST_ROWS = 64  # query rows of a unit of heads
 _LEAST_DIM = 16  # a tensor-core step
 _MOST_PARTS = 16  # of a head's channels
-_MOST_SPREAD = 96 << 10  # bytes of the matrices that bring scales to channels
 _SAME = 1e-6  # by which two angles of a pair may differ
 
 
@@ -51,8 +50,9 @@ def key_map_before_rope(
 
     Returns:
         Nothing where keys are stored after RoPE, the positions are no ids, RoPE does not turn pairs by fixed
-        angles, the rotation is not one of heads times a Walsh-Hadamard one of channels, or the kernels do not
-        take bits and sizes: 3 bits, a head or group that is no power of two, or too many heads.
+        angles, or not channels whose numbers differ by one power of two; where the rotation is not one of
+        heads times a Walsh-Hadamard one of channels; or where the kernels do not take bits and sizes: 3 bits,
+        a head or group that is no power of two, too many query heads, groups too small for a head.
     """
     dim, heads, transform = shape.head_dim, shape.kv_heads, plan.key
     quantizers = (plan.key_quantizer, plan.value_quantizer)
@@ -62,9 +62,6 @@ def key_map_before_rope(
     if block % dim or not all(map(in_words, quantizers)) or not _in_parts(plan.key_quantizer, dim, block):
         return {}
     if block // dim * shape.query_heads // heads > _MOST_ROWS:
-        return {}
-    groups = max(16, 1 << (heads * dim // plan.key_quantizer.group - 1).bit_length())
-    if block * groups * 2 > _MOST_SPREAD:
         return {}
     factors = _factors(transform.inverse[0], dim)
     turned = torch.arange(dim), torch.zeros(dim, dtype=torch.float64), torch.ones(dim, dtype=torch.float64)
@@ -81,7 +78,7 @@ def key_map_before_rope(
         return {}
     order = torch.arange(heads * dim) if transform.order is None else torch.argsort(transform.order.cpu())
     order = order.view(heads, dim)[:, axis].flatten()
-    size, angles = size[axis], angles[axis]
+    size, angles = ((size + size[partner]) / 2)[axis], ((angles - angles[partner]) / 2)[axis]
     mixing, matrix = factors
     steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
     tensors = (

@@ -9,6 +9,7 @@ import torch
 
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
+SCORE_RESIDENT = 48 << 10  # bytes of shared memory that a program may keep beside what it needs at once
 _SCORE_BEGINS = 3  # tiles' time that a program spends before its first
 
 
@@ -84,6 +85,7 @@ def decode_choice(
     return DecodeChoice(tile, 2, -(-tiles // each))
 
 
+@functools.cache
 def score_splits(device: torch.device, units: int, capacity: int) -> int:
     """Shares of the history of each of `units` (sequences times units of heads), keys stored before RoPE:
     those that end first when as many programs run at once as their registers allow.

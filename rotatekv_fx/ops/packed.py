@@ -22,7 +22,8 @@ stored channel of each place (`order` of the op `quantize`); matrix fp32 [D, D],
 power of two, and mixing fp32 [G, G] undo the rotation by their Kronecker product mixing x matrix; axis int32
 [D] is the channel of each place after that; size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a
 tile's cosines and sines, are RoPE. With k the key rotated back and q the query, both in places, a score is
-the sum over i of size_i k_i (q_i cos(p t_i) - q_(i ^ 1) sin(p t_i)).
+the sum over i of size_i k_i (q_i cos(p t_i) - q_(i ^ 1) sin(p t_i)), where size_(i ^ 1) = size_i and
+t_(i ^ 1) = -t_i.
 
 Positions of a sequence's tokens are taken to be consecutive: position - number is that of the newest token.
 """

@@ -11,7 +11,8 @@ them. It turns a key by its place in the tile, by a fixed table; the rest of the
 fixed angle from tile to tile. The sum over heads is taken of the scores, of which there are fewer than
 channels.
 
-Products are few and large because a program waits for each. Scales are read a tile ahead of their use.
+Products are few and large because a program waits for each. Scales are read a tile ahead of their use. So are
+words, and the 0-1 matrices of all heads are kept, where shared memory has room for both.
 """
 
 from __future__ import annotations
@@ -140,6 +141,27 @@ def _places(n0, tokens, first, stop, capacity, WRAPS: tl.constexpr):
 
 
 @triton.jit
+def _scales(
+    n0, tokens, first, stop, key_scale, key_offset, of_group, real_group, capacity, WRAPS: tl.constexpr
+):
+    """A tile's signs (below zero where nothing is shown), scales and offsets, as they are stored."""
+    _, held, slot = _places(n0, tokens, first, stop, capacity, WRAPS)
+    keep = held[:, None] & real_group
+    return (
+        tl.load(key_scale + slot, mask=held, other=-1.0),
+        tl.load(key_scale + of_group + slot[:, None], mask=keep, other=0.0),
+        tl.load(key_offset + of_group + slot[:, None], mask=keep, other=0),
+    )
+
+
+@triton.jit
+def _spread(order_ptr, group, place, real, GROUP: tl.constexpr):
+    """fp16 [groups, places]: 1 where the channel in a head's place is of the group."""
+    source = tl.load(order_ptr + place, mask=real, other=0)
+    return tl.where((group[:, None] == (source // GROUP)[None, :]) & real[None, :], 1.0, 0.0).to(tl.float16)
+
+
+@triton.jit
 def _score_history(
     batch, unit, split, splits, first, last, position, query_ptr,
     order_ptr, matrix_ptr, mixing_ptr, axis_ptr, size_ptr, angle_ptr, table_ptr,
@@ -148,6 +170,7 @@ def _score_history(
     G: tl.constexpr, REPEATS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, KG: tl.constexpr,
     KGP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     LOG: tl.constexpr, N: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr, MASKED: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores of one share of the history."""
     R: tl.constexpr = G * REPEATS
@@ -175,14 +198,14 @@ def _score_history(
     matrix = tl.load(
         matrix_ptr + place[:, None] * D + place[None, :], mask=real[:, None] & real[None, :], other=0.0
     ).to(tl.float16)
-    column = tl.arange(0, 2 * HALF)
-    both_real = column % WP < W
-    both = column % HALF // WP * (2 * W) + 2 * (column % WP) + column // HALF
+    wide = tl.arange(0, 2 * HALF)  # the even places, then the odd ones
+    all_real = wide % WP < W
+    all_places = wide % HALF // WP * (2 * W) + 2 * (wide % WP) + wide // HALF
+    order_ptr += unit * (G * D)
     spreads, mixings = (), ()
     for head in tl.static_range(G):
-        source = tl.load(order_ptr + (unit * G + head) * D + both, mask=both_real, other=0)
-        of_group = (group[:, None] == (source // GROUP)[None, :]) & both_real[None, :]
-        spreads = spreads + (tl.where(of_group, 1.0, 0.0).to(tl.float16),)
+        if RESIDENT:
+            spreads = spreads + (_spread(order_ptr + head * D, group, all_places, all_real, GROUP),)
         mixing = tl.load(mixing_ptr + head * G + rows // REPEATS, mask=inside, other=0.0)
         mixings = mixings + (mixing[None, :],)
 
@@ -201,20 +224,17 @@ def _score_history(
     table_cos = tl.dot(tl.load(table, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
     table_sin = tl.dot(tl.load(table + D, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
 
-    at = group.to(tl.int64)[None, :] * capacity
-    real_group = (group < KG)[None, :]
-    number, held, slot = _places(start, tokens, first, stop, capacity, WRAPS)
-    shown = tl.load(key_scale + slot, mask=held, other=-1.0)
-    next_step = tl.load(key_scale + at + slot[:, None], mask=held[:, None] & real_group, other=0.0)
-    next_shift = tl.load(key_offset + at + slot[:, None], mask=held[:, None] & real_group, other=0)
-    for n0 in tl.range(start, stop, N):
+    of_group, real_group = group.to(tl.int64)[None, :] * capacity, (group < KG)[None, :]
+    shown, next_step, next_shift = _scales(
+        start, tokens, first, stop, key_scale, key_offset, of_group, real_group, capacity, WRAPS
+    )
+    for n0 in tl.range(start, stop, N, num_stages=3 if RESIDENT else 1):
         number, held, slot = _places(n0, tokens, first, stop, capacity, WRAPS)
         seen = (shown.to(tl.float32) < 0.0) == 0
         step, shift = tl.abs(next_step.to(tl.float32)), next_shift.to(tl.float32)
-        _, ahead, later = _places(n0 + N, tokens, first, stop, capacity, WRAPS)
-        shown = tl.load(key_scale + later, mask=ahead, other=-1.0)
-        next_step = tl.load(key_scale + at + later[:, None], mask=ahead[:, None] & real_group, other=0.0)
-        next_shift = tl.load(key_offset + at + later[:, None], mask=ahead[:, None] & real_group, other=0)
+        shown, next_step, next_shift = _scales(
+            n0 + N, tokens, first, stop, key_scale, key_offset, of_group, real_group, capacity, WRAPS
+        )
         if MASKED:
             word_at = number - mask_offset
             known = held & (word_at >= 0) & (word_at < mask_columns)  # columns without a word are hidden
@@ -239,7 +259,11 @@ def _score_history(
                     ),
                 )  # fmt: skip
             for s in tl.static_range(SHARE):
-                spread = spreads[block * SHARE + s]
+                if RESIDENT:
+                    spread = spreads[block * SHARE + s]
+                else:
+                    head_order = order_ptr + (block * SHARE + s) * D
+                    spread = _spread(head_order, group, all_places, all_real, GROUP)
                 steps, shifts = _upper_and_lower(tl.dot(step_and_shift, spread, out_dtype=tl.float16))
                 steps, shifts = _halves(steps), _halves(shifts)
                 first_half = _numbers(words, steps[0], shifts[0], s * PLANES, BITS, PLANES, LOG)
@@ -311,6 +335,7 @@ def score_kernel(
     KG: tl.constexpr, KGP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, LOG: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SLIDING: tl.constexpr,
     N: tl.constexpr, NE: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr, MASKED: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * units, splits + tiles): shares of the history first, then tiles of exact tokens.
 
@@ -334,6 +359,7 @@ def score_kernel(
             key_codes, key_scale, key_offset, capacity, mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, score_ptr, columns, units,
             G, REPEATS, M, D, KG, KGP, GROUP, BITS, W, WP, LOG, N, MIDPOINT, WRAPS, MASKED,
+            RESIDENT,
         )  # fmt: skip
     elif EXACT > 0:
         _score_exact(
@@ -360,6 +386,11 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
     columns = held.capacity + parts.exact_tiles * _EXACT_TILE
     scores = query.new_empty((batch, query_heads, columns), dtype=torch.float32)
     words = history[0].shape[3] // 2
+    padded_words, padded_groups = max(16, words), max(16, triton.next_power_of_2(groups))
+    # in a program's shared memory: a unit's matrices that spread scales, and two tiles of its words
+    spreads = group * dim // words * padded_words * padded_groups * 2
+    tiles = group * dim * held.key_bits // 8 // (2 * words) * padded_words * tuning.SCORE_TILE * 4
+    resident = spreads + tiles <= tuning.SCORE_RESIDENT
     score_kernel[(batch * units, splits + parts.exact_tiles)](
         parts.counter, held.number, query, *held.key_map, *history[:3], held.capacity,
         parts.recent[0], parts.recent[0].shape[2], parts.sinks[0], parts.sinks[2],
@@ -367,10 +398,10 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         parts.position_stride, scoring.scale * math.log2(math.e), scores, columns, units,
         COUNTED=held.count is not None, G=group, REPEATS=repeats,
         M=max(8, triton.next_power_of_2(group * repeats)), D=dim, KG=groups,
-        KGP=max(16, triton.next_power_of_2(groups)), GROUP=held.key_group, BITS=held.key_bits, W=words,
-        WP=max(16, words), LOG=(dim // words // 2).bit_length() - 1,
+        KGP=padded_groups, GROUP=held.key_group, BITS=held.key_bits, W=words,
+        WP=padded_words, LOG=(dim // words // 2).bit_length() - 1,
         SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE,
         NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
-        num_warps=4,
+        RESIDENT=resident, num_warps=4,
     )  # fmt: skip
     return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)
