@@ -309,6 +309,8 @@ def main(
     ] = None,
 ) -> None:
     """Check every architecture, and write the table."""
+    if unknown := set(only or ()) - set(tiny_models.architectures()):
+        raise typer.BadParameter(f"transformers has no architecture {', '.join(sorted(unknown))}.")
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)

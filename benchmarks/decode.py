@@ -319,6 +319,8 @@ def main(
     """Measure all shapes of a recipe and write decode_RECIPE.json."""
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU found: the kernels are timed on one.")
     rows = []
     for name, shapes in RECIPES[recipe].sweeps.items():
         for shape in shapes:

@@ -20,7 +20,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -250,15 +250,21 @@ def measure(
 
 
 def main(
-    out: Path = Path("benchmarks/results"),
-    shape: str = "llama-3-8b",
-    layers: int = 0,
-    batch: int = 16,
-    context: int = 32768,
-    prompt: int = 32768,
-    steps: int = 32,
+    out: Annotated[Path, typer.Option(help="folder that receives end_to_end_SHAPE.json")] = Path(
+        "benchmarks/results"
+    ),
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "llama-3-8b",
+    layers: Annotated[int, typer.Option(min=0, help="cut the model short; 0 takes all layers")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="sequences")] = 16,
+    context: Annotated[int, typer.Option(min=128, help="tokens that the caches hold")] = 32768,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of the prompt whose prefill is timed")] = 32768,
+    steps: Annotated[int, typer.Option(min=1, help="tokens decoded while the time is taken")] = 32,
 ) -> None:
-    """Measure one shape and write end_to_end_SHAPE.json; `layers` other than 0 cuts the model short."""
+    """Measure one shape and write end_to_end_SHAPE.json."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"{shape!r} is no shape; use {', '.join(SHAPES)}.")
+    if DEVICE == "cpu" and shape != "tiny":
+        raise SystemExit(f"no GPU found, and {shape} needs one; --shape tiny runs on a CPU.")
     logging.basicConfig(level=logging.ERROR)
     config = SHAPES[shape]
     if layers:

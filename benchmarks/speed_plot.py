@@ -18,6 +18,8 @@ OURS, THEIRS, OTHER = "C0", "C3", "C7"
 
 def main(results: Path = Path("benchmarks/results")) -> None:
     """Draw speed.png."""
+    if not (results / "decode_centered.json").is_file():
+        raise SystemExit(f"{results} has no decode_centered.json; python -m benchmarks.decode writes it.")
     report = json.loads((results / "decode_centered.json").read_text(encoding="utf-8"))
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)

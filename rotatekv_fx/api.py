@@ -112,7 +112,8 @@ def transform(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `transform`: the model's own forwards, and its original weights bit for bit.
+    """Undo `transform`: the model's own forwards, and its original weights: bit for bit, unless the model was
+    converted to another dtype since.
 
     Raises:
         StateError: the model is not transformed, or was with `keep_originals=False`.
@@ -230,6 +231,10 @@ def _check_model(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise InputError(
             f"expected a transformers model, got {type(model).__name__}; load one with from_pretrained."
+        )
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise InputError(
+            "torch.compile has wrapped the model; give the model itself, and compile the transformed one."
         )
     if hasattr(model, _STATE):
         raise StateError("the model is transformed already; call rotatekv_fx.restore(model) first.")

@@ -98,12 +98,12 @@ def bind(model: nn.Module, binding: Binding, keep_originals: bool) -> Original:
 
 
 def unbind(model: nn.Module, original: Original) -> None:
-    """Give a module its own forward and parameters back."""
+    """Give a module its own forward and parameters back, in the dtype that the model has now."""
     module = model.get_submodule(original.name)
     _remove(model, original)
     for name, tensor in (original.parameters or {}).items():
         current = module.get_parameter(name)
-        _set_parameter(module, name, tensor.to(current.device), current.requires_grad)
+        _set_parameter(module, name, tensor.to(current.device, current.dtype), current.requires_grad)
 
 
 def _remove(model: nn.Module, original: Original) -> None:

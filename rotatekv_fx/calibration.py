@@ -120,9 +120,8 @@ class Calibration:
             CalibrationError: it is missing, damaged, or not a calibration file.
         """
         if not Path(path).is_file():
-            raise CalibrationError(
-                f"calibration file {path} does not exist; write one with `rotatekv calibrate`."
-            )
+            fault = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise CalibrationError(f"calibration file {path} {fault}; write one with `rotatekv calibrate`.")
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("rotatekv", "{}"))

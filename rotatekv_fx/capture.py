@@ -386,7 +386,7 @@ def _record_calls(
 
     hooks = []
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks record calls
             if past:
                 run(cache, ids, 0, past)
             hooks += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules()]
@@ -408,7 +408,7 @@ def _record_calls(
     if not past and not _masks_are_causal(calls, length):  # or they are spelled the other way round (mpt)
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == 3, 4, 3)
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             changed = run(RecordingCache(config=model.config), other, 0, length)
         causal = _looks_back_only(output, changed, mask[:, :-1].bool())
     else:

@@ -186,7 +186,8 @@ def collect(
     windows, seen = 0, set()
     takes = inspect.signature(model.forward).parameters
     last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad():
+    uncompiled = torch.compiler.set_stance("force_eager")  # hooks collect
+    with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad(), uncompiled:
         for window in data:
             row = _row(model, window)
             model(input_ids=row, use_cache=False, **last_logits_only)

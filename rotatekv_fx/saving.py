@@ -82,8 +82,8 @@ def save(
         options: of `save_pretrained`.
 
     Raises:
-        StateError: the original weights were not kept, are quantized or are spread over several processes, or
-            `push_to_hub` is among the options.
+        StateError: the original weights were not kept, are quantized, are spread over several processes or
+            were converted to another dtype, or `push_to_hub` is among the options.
     """
     if any(o.parameters is None for o in originals):
         raise StateError(
@@ -95,6 +95,14 @@ def save(
             "a transformed model with quantized weights or tensor parallelism cannot be saved; save the "
             "model before transform(), and its calibration beside it."
         )
+    for original in originals:
+        for name, before in (original.parameters or {}).items():
+            now = model.get_submodule(original.name).get_parameter(name)
+            if now.dtype is not before.dtype:
+                raise StateError(
+                    f"the model was transformed in {before.dtype} and is now {now.dtype}; restore(model), "
+                    "convert it, and transform it again before it is saved."
+                )
     if options.get("push_to_hub"):
         raise StateError(
             "save_pretrained(push_to_hub=True) leaves out the calibration; use model.push_to_hub()."

@@ -23,7 +23,7 @@ from zoo import one_thread  # noqa: F401
 import rotatekv_fx as rk
 from rotatekv_fx.backend import insert, read_options, rotatekv
 from rotatekv_fx.backend.insert import _warn_of_cache
-from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.errors import ConfigError, InputError
 
 CLOSE_IN_CODES = 0.02  # a rotation applied online rounds otherwise than a merged one, and may flip a code
 LONG = 90
@@ -470,6 +470,37 @@ def test_inductor_compiles_static_decode():
 
 def test_the_backend_can_be_reset():
     rotatekv.reset()
+
+
+def test_nothing_is_trained_through_our_ops(calibration_file, recwarn):
+    """Without no_grad a forward is as quiet, and backward says so, where gradients would be missing."""
+    model, ids = copy.deepcopy(zoo.shared("llama", 1)), zoo.prompt(padding=(0, 0, 0))[0]
+    forward = compiled(model, {"recipe": "paper", "calibration": calibration_file("llama")})
+    output = forward(ids, use_cache=False, labels=ids)
+    assert not any("autograd" in str(w.message) for w in recwarn)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        output.loss.backward()
+    assert model.get_input_embeddings().weight.grad is None
+
+
+def test_an_untouched_model_can_be_trained():
+    model, ids = copy.deepcopy(zoo.shared("llama", 1)), zoo.prompt(padding=(0, 0, 0))[0]
+    compiled(model, {"recipe": "none", "window": 0})(ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("calibrates", [True, False])
+def test_a_model_that_was_compiled_first(calibrates):
+    """Hooks record its calls, and a compiled call runs none."""
+    model, ids = copy.deepcopy(zoo.shared("llama", 1)), zoo.prompt(padding=(0, 0, 0))[0]
+    model.compile(backend=rotatekv, fullgraph=True)
+    calibration = zoo.calibrated(model) if calibrates else zoo.shared_calibration("llama", 1)
+    rk.transform(model, rk.RotateKVConfig(recipe="paper"), calibration)
+    with torch.no_grad():
+        expected = zoo.packed("llama", layers=1)(ids, use_cache=False).logits
+        assert zoo.relative(model(ids, use_cache=False).logits, expected) < 1e-4
+    with pytest.raises(InputError, match="give the model itself"):
+        rk.transform(torch.compile(zoo.build("llama", 1), backend="eager"))
 
 
 # CUDA graphs

@@ -118,6 +118,15 @@ def test_originals_that_were_not_kept(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_in_another_dtype(tmp_path):
+    """It is not saved half converted, and restore gives it one dtype."""
+    model = fresh(sinks=6).half()
+    with pytest.raises(StateError, match="transformed in torch.float32 and is now torch.float16"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(logits(rk.restore(model)), logits(copy.deepcopy(zoo.shared("llama")).half()))
+
+
 def test_pushing_while_saving(saved):
     with pytest.raises(StateError, match=r"use model.push_to_hub\(\)"):
         saved[1].save_pretrained(saved[0], push_to_hub=True)

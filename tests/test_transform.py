@@ -337,9 +337,9 @@ def test_another_dtype_after_the_transform(convert):
     convert(packed)
     with pytest.raises(StateError, match="was transformed in torch.float32 and now runs in"):
         logits(packed)
-    restored = rk.restore(packed)
-    attention = restored.model.layers[0].self_attn
-    assert torch.equal(attention.k_proj.weight, zoo.shared("llama").model.layers[0].self_attn.k_proj.weight)
+    restored, expected = rk.restore(packed), convert(copy.deepcopy(zoo.shared("llama")))
+    for found, wanted in zip(restored.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
 from rotatekv_fx import ops  # noqa: F401 (declares the ops that a cached graph may call)
-from rotatekv_fx.backend.insert import BUFFER, insert
+from rotatekv_fx.backend.insert import BUFFER, holds_our_ops, insert
 from rotatekv_fx.backend.options import read_options
 
 
@@ -25,7 +25,8 @@ def rotatekv(
 
     The graph of a transformed model holds our ops already, and inductor compiles it as it is. In the graph of
     an untransformed model `insert` finds the attention sites and inserts rotate, quantize, dequantize and
-    sink nodes. Both are for inference: our ops carry no gradient.
+    sink nodes. Both are for inference: our ops carry no gradient, so a graph that holds them runs under
+    `no_grad`, and nothing can be trained through a part of it.
 
     Args:
         graph_module: the graph; changed in place.
@@ -42,13 +43,15 @@ def rotatekv(
 
     chosen = read_options(options, mode)
     insert(graph_module, chosen)
+    trains = torch.is_grad_enabled() and not holds_our_ops(graph_module)
     module, constants = _lift_buffers(graph_module)
     fakes = detect_fake_mode(example_inputs)
     inputs = [*example_inputs, *(fakes.from_tensor(c, static_shapes=True) for c in constants)]
     key = f"{torch.compiler.config.cache_key_tag}rotatekv-{chosen.fingerprint()}"
-    with torch.compiler.config.patch(cache_key_tag=key):
+    with torch.compiler.config.patch(cache_key_tag=key), torch.set_grad_enabled(trains):
         compiled = compile_fx(module, inputs, config_patches=dict(chosen.inductor))
-    return (lambda *args: compiled(*args, *constants)) if constants else compiled
+    run = (lambda *args: compiled(*args, *constants)) if constants else compiled
+    return run if trains or not torch.is_grad_enabled() else torch.no_grad()(run)
 
 
 def _lift_buffers(graph_module: fx.GraphModule) -> tuple[fx.GraphModule, list[Tensor]]:

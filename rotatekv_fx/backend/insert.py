@@ -40,6 +40,11 @@ BUFFER = "rotatekv_"  # what names of inserted buffers begin with
 logger = logging.getLogger(__name__)
 
 
+def holds_our_ops(graph_module: fx.GraphModule) -> bool:
+    """Whether a graph calls one of this package's ops."""
+    return any(str(n.target).startswith("rotatekv.") for n in graph_module.graph.nodes)
+
+
 def insert(graph_module: fx.GraphModule, options: Options) -> dict[int, dict[str, dict[str, int]]]:
     """Rewrite every attention site of an untransformed model's graph, in place.
 
@@ -58,7 +63,7 @@ def insert(graph_module: fx.GraphModule, options: Options) -> dict[int, dict[str
         ConfigError: the recipe lacks its calibration, or settings are given for a transformed model.
         CalibrationError: the calibration file cannot be used, or does not fit the model.
     """
-    if any(str(n.target).startswith("rotatekv.") for n in graph_module.graph.nodes):
+    if holds_our_ops(graph_module):
         if options.given:
             raise ConfigError(
                 f"the model is transformed already, so the options {', '.join(options.given)} have no effect;"
