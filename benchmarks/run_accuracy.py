@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from rotatekv_fx import Calibration, RotateKVConfig, calibrate, inspect_model, report, transform
-from rotatekv_fx.errors import InputError
+from rotatekv_fx.errors import InputError, RotateKVError
 from rotatekv_fx.evaluate import (
     cut_windows,
     encode,
@@ -285,6 +285,11 @@ def draw(part: str, figures: Any, out: Path) -> None:
 def load(model: Path, text: Path, calibration_text: Path, sizes: Sizes, context: int, device: str) -> Bench:
     """Load and calibrate."""
     loaded, tokenizer = load_model(str(model), "float32", device), load_tokenizer(str(model))
+    longest = getattr(loaded.config, "max_position_embeddings", context)
+    if context > longest:
+        raise InputError(
+            f"windows of {context} tokens, and the model takes {longest}; use a smaller --context."
+        )
     start = start_tokens(tokenizer)
     filler = read_text(calibration_text)
     ids = encode(tokenizer, read_text(text))
@@ -311,7 +316,10 @@ def main(
     if unknown:
         raise typer.BadParameter(f"there is no part {sorted(unknown)[0]!r}; use {', '.join(PARTS)}.")
     sizes = QUICK if quick else FULL
-    bench = load(model, text, calibration_text, sizes, context, device)
+    try:
+        bench = load(model, text, calibration_text, sizes, context, device)
+    except RotateKVError as error:
+        raise SystemExit(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
     file = out / "accuracy.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
