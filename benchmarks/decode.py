@@ -118,12 +118,12 @@ def paper_arguments(shape: Shape) -> list[object]:
     axis = places ^ (low ^ high) * (d // 2 + 1)  # a channel's partner is in the place beside its own
     theta = 500000.0 ** -(axis % (d // 2) / (d / 2)).double()
     angles = torch.where(axis < d // 2, -theta, theta)
-    steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles
+    steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles[::2]
     key_map = [
         torch.randperm(h * d, device=device).int()[None],
         hadamard(d, torch.float32).sign() / 16,
         hadamard(HEAD_GROUP, torch.float32) * 16 / d**0.5,
-        axis.int(),
+        torch.stack([axis, axis[places ^ 1]]).int(),
         torch.ones(d),
         angles,
         torch.cat([steps.cos(), steps.sin()], -1).half(),

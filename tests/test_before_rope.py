@@ -48,6 +48,8 @@ CASES = {
     "midpoints": {"scheme": "midpoint"},
     "window": {"window": 24, "slack": 4},
     "no sinks": {"sinks": 0},
+    "partners that are no neighbours": {"paired": False},
+    "partners that are no neighbours, dim 64": {"paired": False, "dim": 64},
     "softcap": {"softcap": 5.0},
     "sink logits": {"logits": True},
     "left padding": {"padding": (0, 50)},
@@ -66,13 +68,14 @@ QUICK = (
     "window",
     "left padding",
     "sliding",
+    "partners that are no neighbours, dim 64",
 )
 
 
 def build(
     dim=128, heads=4, query_heads=None, batch=2, length=100, capacity=112, window=0, slack=0, sinks=6,
     bits=(2, 2), group=128, head_group=4, scheme="zero_point", softcap=0.0, logits=False, padding=(),
-    sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
+    sliding=0, wraps=False, counted=False, paired=True, dtype=DTYPE, seed=0,
 ):  # fmt: skip
     """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held,
     Scoring.
@@ -85,13 +88,17 @@ def build(
 
     matrix = hadamard(dim, torch.float32).sign() / 8
     mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
-    axis = before_rope._neighbouring((torch.arange(dim) + dim // 2) % dim)
+    channels = torch.arange(dim)
+    axis = before_rope._neighbouring((channels + dim // 2) % dim) if paired else channels
+    partner = axis[channels ^ 1] if paired else (channels + dim // 2) % dim
     theta = 10000.0 ** -(axis % (dim // 2) / (dim / 2)).double()
     key_map = [
         torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
-        axis.int(), torch.full((dim,), 1.1), torch.where(axis < dim // 2, -theta, theta),
+        torch.stack([axis, partner]).int(), torch.full((dim,), 1.1),
+        torch.where(axis < dim // 2, -theta, theta),
     ]  # fmt: skip
-    steps = torch.arange(tuning.TABLE_TOKENS, dtype=torch.float64)[:, None] * key_map[-1]
+    turns = key_map[-1][::2] if paired else key_map[-1]
+    steps = torch.arange(tuning.TABLE_TOKENS, dtype=torch.float64)[:, None] * turns
     key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
     keys, values, history, recent, store = empty_layer(
         g,
@@ -151,7 +158,7 @@ def test_the_reference_gives_what_the_general_path_gives(head_group):
     arguments = small(head_group=head_group, padding=(3,), sinks=4)
     query, key, value, held, scoring = arguments
     places, matrix, mixing, axis, size, angles, _ = held.key_map
-    places, axis = places[0].long(), axis.long()
+    places, axis = places[0].long(), axis[0].long()
     order = places.view(4, -1)[:, axis].flatten()  # of channels: exchanging bits is its own inverse
     angles = angles[axis]
     actual = rotatekv.decode_before_rope(*flat(arguments))
@@ -272,14 +279,20 @@ MODELS = {
     "heads of their own norm": ("qwen3", {}),
     "two kinds of RoPE, sliding": ("gemma3_text", {}),
     "partial RoPE": ("gpt_neox", {}),
+    "RoPE of 24 of 32 channels": ("gpt_neox", {"rotary_pct": 0.75}),
     "interleaved RoPE": ("cohere", {}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding_by_the_op_gives_the_logits_of_the_general_path(name, monkeypatch):
-    model, settings = MODELS[name]
-    packed = zoo.packed(model, "paper", 2, sinks=4, **settings)
+    architecture, settings = MODELS[name]
+    if "rotary_pct" in settings:
+        model = zoo.build(architecture, **settings)
+        packed = zoo.transformed(model, "paper", zoo.calibrated(model), sinks=4)
+        assert packed.gpt_neox.layers[0].attention.rotatekv.before_rope_table.shape[1] == 2 * 32
+    else:
+        packed = zoo.packed(architecture, "paper", 2, sinks=4, **settings)
     assert all("decode_before_rope" in site.lowered for site in rk.report(packed).sites)
     ids, mask = zoo.prompt(length=24)
     longer = torch.cat([mask, mask.new_ones(len(ids), 8)], 1)

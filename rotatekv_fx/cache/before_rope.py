@@ -50,7 +50,7 @@ def key_map_before_rope(
 
     Returns:
         Nothing where keys are stored after RoPE, the positions are no ids, RoPE does not turn pairs by fixed
-        angles, or not channels whose numbers differ by one power of two; where the rotation is not one of
+        angles; where the rotation is not one of
         heads times a Walsh-Hadamard one of channels; or where the kernels do not take bits and sizes: 3 bits,
         a head or group that is no power of two, too many query heads, groups too small for a head.
     """
@@ -73,19 +73,21 @@ def key_map_before_rope(
     opposite = torch.where(partner == torch.arange(dim), 0.0, angles + angles[partner])
     if opposite.abs().max() > _SAME or not torch.allclose(size, size[partner], rtol=1e-2):
         return {}
+    places = torch.arange(dim)
     axis = _neighbouring(partner)
-    if axis is None:
-        return {}
+    paired = axis is not None
+    axis = axis if paired else places
+    partners = axis[places ^ 1] if paired else partner  # one that RoPE leaves alone has a neighbour too
     order = torch.arange(heads * dim) if transform.order is None else torch.argsort(transform.order.cpu())
     order = order.view(heads, dim)[:, axis].flatten()
     size, angles = ((size + size[partner]) / 2)[axis], ((angles - angles[partner]) / 2)[axis]
     mixing, matrix = factors
-    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * (angles[::2] if paired else angles)
     tensors = (
         order.int()[None],
         matrix.float(),
         mixing.float(),
-        axis.int(),
+        torch.stack([axis, partners]).int(),
         size.float(),
         angles,
         torch.cat([steps.cos(), steps.sin()], 1).half(),

@@ -20,10 +20,11 @@ head's places are its rotated channels, or those with two bits of their numbers 
 channels that RoPE turns together, rotated back, are in places i and i ^ 1. order int32 [1, Hkv * D] is the
 stored channel of each place (`order` of the op `quantize`); matrix fp32 [D, D], a Walsh-Hadamard one times a
 power of two, and mixing fp32 [G, G] undo the rotation by their Kronecker product mixing x matrix; axis int32
-[D] is the channel of each place after that; size fp32 [D], angles fp64 [D], and table fp16 [tile, 2 D], a
-tile's cosines and sines, are RoPE. With k the key rotated back and q the query, both in places, a score is
-the sum over i of size_i k_i (q_i cos(p t_i) - q_(i ^ 1) sin(p t_i)), where size_(i ^ 1) = size_i and
-t_(i ^ 1) = -t_i.
+[2, D] is the channel of each place after that, and its partner; size fp32 [D], angles fp64 [D], and table
+fp16 [tile, D], a tile's cosines and sines in even places, are RoPE. With k the key rotated back and q the
+query, both in places, a score is the sum over i of size_i k_i (q_i cos(p t_i) - q_i' sin(p t_i)), i' the
+partner's place, where size_i' = size_i and t_i' = -t_i. If no exchange of bits brings partners together,
+places are channels, and table is [tile, 2 D], of all of them.
 
 Positions of a sequence's tokens are taken to be consecutive: position - number is that of the newest token.
 """

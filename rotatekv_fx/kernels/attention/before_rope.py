@@ -8,7 +8,8 @@ together lie in neighbouring places (`rotatekv_fx.ops.packed`), even ones in the
 ones in the high bytes. Each half is rotated back by a product, the last stage of the Walsh-Hadamard matrix
 adds and subtracts the halves, and RoPE mixes the two results, all in the registers in which products leave
 them. It turns a key by its place in the tile, by a fixed table; the rest of the turn is the query's, by a
-fixed angle from tile to tile. The sum over heads is taken of the scores, of which there are fewer than
+fixed angle from tile to tile. Where no exchange of places makes partners neighbours, the key is multiplied by
+all cosines and by all sines instead. The sum over heads is taken of the scores, of which there are fewer than
 channels.
 
 Products are few and large because a program waits for each. Scales are read a tile ahead of their use. So are
@@ -124,7 +125,7 @@ def _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D: tl.conste
     keep = real[:, None] & inside[None, :]
     size = tl.load(size_ptr + place, mask=real, other=0.0)[:, None]
     own = tl.load(axis_ptr + place, mask=real, other=0)[:, None]
-    partner = tl.load(axis_ptr + (place ^ 1), mask=real, other=0)[:, None]
+    partner = tl.load(axis_ptr + D + place, mask=real, other=0)[:, None]
     own = tl.load(query_ptr + row[None, :] * D + own, mask=keep, other=0.0)
     partner = tl.load(query_ptr + row[None, :] * D + partner, mask=keep, other=0.0)
     return own.to(tl.float32) * size, partner.to(tl.float32) * size
@@ -170,7 +171,7 @@ def _score_history(
     G: tl.constexpr, REPEATS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, KG: tl.constexpr,
     KGP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     LOG: tl.constexpr, N: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr, MASKED: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    PAIRED: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Scores of one share of the history."""
     R: tl.constexpr = G * REPEATS
@@ -209,20 +210,28 @@ def _score_history(
         mixing = tl.load(mixing_ptr + head * G + rows // REPEATS, mask=inside, other=0.0)
         mixings = mixings + (mixing[None, :],)
 
-    on_even, on_odd = _query(row, inside, query_ptr, place, real, axis_ptr, size_ptr, D)
-    largest = tl.max(tl.max(tl.maximum(tl.abs(on_even), tl.abs(on_odd)), 1), 0)
+    # coefficients of the turned key: of partners, or of a place's cosine and of its sine
+    if PAIRED:
+        turning, is_turning = place, real
+    else:
+        turning, is_turning = all_places, all_real
+    own, partner = _query(row, inside, query_ptr, turning, is_turning, axis_ptr, size_ptr, D)
+    largest = tl.max(tl.max(tl.maximum(tl.abs(own), tl.abs(partner)), 1), 0)
     largest = tl.maximum(largest, 1.0e-30)  # the unit's largest is brought to 1, so that fp16 holds all
-    angles = tl.load(angle_ptr + place, mask=real, other=0.0)
+    angles = tl.load(angle_ptr + turning, mask=is_turning, other=0.0)
     cos, sin = cos_sin((position + start).to(tl.float64) * angles)
     cos, sin = (cos / largest)[:, None], (sin / largest)[:, None]
-    even, odd = on_even * cos - on_odd * sin, on_odd * cos + on_even * sin
+    on_first, on_other = own * cos - partner * sin, partner * cos + own * sin
     cos, sin = cos_sin(N * angles)
     turn_cos, turn_sin = cos[:, None], sin[:, None]
-    table = table_ptr + tokens[:, None] * (2 * D) + place[None, :]
-    eye = tl.where(place[:, None] == place[None, :], 1.0, 0.0).to(tl.float16)
+    ANGLES: tl.constexpr = D // 2 if PAIRED else D
+    table = table_ptr + tokens[:, None] * (2 * ANGLES) + (turning // (D // ANGLES))[None, :]
+    eye = tl.where(turning[:, None] == turning[None, :], 1.0, 0.0).to(tl.float16)
     # through a product, or the compiler packs them anew for each use
-    table_cos = tl.dot(tl.load(table, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
-    table_sin = tl.dot(tl.load(table + D, mask=real[None, :], other=0.0), eye, out_dtype=tl.float16)
+    table_cos = tl.dot(tl.load(table, mask=is_turning[None, :], other=0.0), eye, out_dtype=tl.float16)
+    table_sin = tl.dot(
+        tl.load(table + ANGLES, mask=is_turning[None, :], other=0.0), eye, out_dtype=tl.float16
+    )
 
     of_group, real_group = group.to(tl.int64)[None, :] * capacity, (group < KG)[None, :]
     shown, next_step, next_shift = _scales(
@@ -245,7 +254,7 @@ def _score_history(
         share = (1.0 / widest)[:, None]
         step, shift = (step * share * _STEP_UNIT).to(tl.float16), (shift * share / _UNIT).to(tl.float16)
         step_and_shift = _above(step, shift)
-        query = _above(even, odd).to(tl.float16)
+        query = _above(on_first, on_other).to(tl.float16)
         scores = tl.zeros([N, M], tl.float32)
         for block in tl.static_range(G // SHARE):
             words = ()
@@ -270,10 +279,17 @@ def _score_history(
                 other_half = _numbers(words, steps[1], shifts[1], s * PLANES + 8 // BITS, BITS, PLANES, LOG)
                 halves = tl.dot(_above(first_half, other_half), matrix, out_dtype=tl.float16)
                 first_half, other_half = _upper_and_lower(halves)
-                key_even, key_odd = _turned(first_half, other_half, table_cos, table_sin)
-                own = tl.dot(_beside((key_even, key_odd), 1), query)
-                scores += own * mixings[block * SHARE + s]
-        even, odd = even * turn_cos - odd * turn_sin, odd * turn_cos + even * turn_sin
+                if PAIRED:
+                    key_first, key_other = _turned(first_half, other_half, table_cos, table_sin)
+                else:
+                    key = _beside((first_half + other_half, first_half - other_half), 1)
+                    key_first, key_other = key * table_cos, -key * table_sin
+                rotated = tl.dot(_beside((key_first, key_other), 1), query)
+                scores += rotated * mixings[block * SHARE + s]
+        on_first, on_other = (
+            on_first * turn_cos - on_other * turn_sin,
+            on_other * turn_cos + on_first * turn_sin,
+        )
         scores = scores * (widest * (largest * scale * _UNIT))[:, None]
         tl.store(
             score_ptr + row[None, :] * columns + slot[:, None], tl.where(seen[:, None], scores, HIDDEN),
@@ -335,7 +351,7 @@ def score_kernel(
     KG: tl.constexpr, KGP: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr,
     WP: tl.constexpr, LOG: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SLIDING: tl.constexpr,
     N: tl.constexpr, NE: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr, MASKED: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    PAIRED: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * units, splits + tiles): shares of the history first, then tiles of exact tokens.
 
@@ -359,7 +375,7 @@ def score_kernel(
             key_codes, key_scale, key_offset, capacity, mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, score_ptr, columns, units,
             G, REPEATS, M, D, KG, KGP, GROUP, BITS, W, WP, LOG, N, MIDPOINT, WRAPS, MASKED,
-            RESIDENT,
+            PAIRED, RESIDENT,
         )  # fmt: skip
     elif EXACT > 0:
         _score_exact(
@@ -402,6 +418,6 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         WP=padded_words, LOG=(dim // words // 2).bit_length() - 1,
         SINKS=parts.sink_count, WINDOW=window, SLIDING=scoring.sliding, N=tuning.SCORE_TILE,
         NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
-        RESIDENT=resident, num_warps=4,
+        PAIRED=held.key_map[6].shape[1] == dim, RESIDENT=resident, num_warps=4,
     )  # fmt: skip
     return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)

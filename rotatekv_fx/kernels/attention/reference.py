@@ -137,9 +137,8 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
     last_coded = newest - held.window
     batch, heads, _, dim = key.shape
     order, matrix, mixing, axis, size, angles = held.key_map[:6]
-    rows = query.float().reshape(batch, heads, -1, dim)[..., axis.long()]
-    partner = torch.arange(dim, device=query.device) ^ 1
-    by_cos, by_sin = rows * size, -rows[..., partner] * size
+    rows = query.float().reshape(batch, heads, -1, dim)
+    by_cos, by_sin = rows[..., axis[0].long()] * size, -rows[..., axis[1].long()] * size
 
     def scores_of(stored: Tensor, numbers: Tensor) -> Tensor:
         flat = stored.transpose(1, 2).flatten(2)[..., order[0].long()]  # rotated channels
