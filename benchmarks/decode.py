@@ -26,6 +26,7 @@ import triton
 import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rotatekv_fx.cache.before_rope import in_places
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.attention.before_rope import decode_before_rope
@@ -113,20 +114,13 @@ def paper_arguments(shape: Shape) -> list[object]:
     tokens = torch.arange(SINKS, device=device, dtype=torch.int32).expand(b, -1).contiguous()
     sinks = [randn(b, h, SINKS, d).bfloat16(), randn(b, h, SINKS, d).bfloat16(), tokens]
     history[1][:, :, :SINKS] *= -1
-    places = torch.arange(d)
-    low, high = places & 1, places >> d.bit_length() - 2 & 1
-    axis = places ^ (low ^ high) * (d // 2 + 1)  # a channel's partner is in the place beside its own
-    theta = 500000.0 ** -(axis % (d // 2) / (d / 2)).double()
-    angles = torch.where(axis < d // 2, -theta, theta)
-    steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles[::2]
+    theta = 500000.0 ** -(torch.arange(d // 2).double() / (d // 2))
+    partner = (torch.arange(d) + d // 2) % d
     key_map = [
         torch.randperm(h * d, device=device).int()[None],
         hadamard(d, torch.float32).sign() / 16,
         hadamard(HEAD_GROUP, torch.float32) * 16 / d**0.5,
-        torch.stack([axis, axis[places ^ 1]]).int(),
-        torch.ones(d),
-        angles,
-        torch.cat([steps.cos(), steps.sin()], -1).half(),
+        *in_places(partner, torch.ones(d), torch.cat([-theta, theta])),
     ]
     count = torch.tensor(shape.context - 1, device=device)
     held = Held(

@@ -383,7 +383,8 @@ def _rewrite(
         read_rope = Rope(site).to(site.device)
         before_rope = key_map_before_rope(plan, shape, read_rope, positions, site.device)
         if before_rope:
-            places = before_rope["before_rope_order"][0].long().to(site.device)
+            (order,) = before_rope["before_rope_order"]
+            places = order.long().to(site.device)
     described = describe_site(site, positions.description)
     rewrite = Rewrite(site, plan, positions.inputs, turns_on_read=bool(before_rope))
     folder = (

@@ -382,16 +382,16 @@ def _record_calls(
         known.append(positions[:, start:stop])
         named = {"position_ids": known[-1]} if "position_ids" in parameters else {}
         part = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], **named}
-        return model(**part, **{named_cache: cache}, use_cache=True)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled call runs no hooks
+            return model(**part, **{named_cache: cache}, use_cache=True)
 
     hooks = []
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # hooks record calls
-            if past:
-                run(cache, ids, 0, past)
-            hooks += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules()]
-            hooks += [m.register_forward_hook(leave, with_kwargs=True) for m in model.modules()]
-            output = run(cache, ids, past, past + length)
+        if past:
+            run(cache, ids, 0, past)
+        hooks += [m.register_forward_pre_hook(enter, with_kwargs=True) for m in model.modules()]
+        hooks += [m.register_forward_hook(leave, with_kwargs=True) for m in model.modules()]
+        output = run(cache, ids, past, past + length)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -408,8 +408,7 @@ def _record_calls(
     if not past and not _masks_are_causal(calls, length):  # or they are spelled the other way round (mpt)
         other = ids.clone()
         other[:, -1] = torch.where(ids[:, -1] == 3, 4, 3)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            changed = run(RecordingCache(config=model.config), other, 0, length)
+        changed = run(RecordingCache(config=model.config), other, 0, length)
         causal = _looks_back_only(output, changed, mask[:, :-1].bool())
     else:
         causal = True

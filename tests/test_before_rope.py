@@ -48,8 +48,9 @@ CASES = {
     "midpoints": {"scheme": "midpoint"},
     "window": {"window": 24, "slack": 4},
     "no sinks": {"sinks": 0},
-    "partners that are no neighbours": {"paired": False},
-    "partners that are no neighbours, dim 64": {"paired": False, "dim": 64},
+    "partners that are no neighbours": {"turned": 96},
+    "partners that are no neighbours, dim 64": {"turned": 48, "dim": 64},
+    "partial RoPE": {"turned": 32},
     "softcap": {"softcap": 5.0},
     "sink logits": {"logits": True},
     "left padding": {"padding": (0, 50)},
@@ -75,44 +76,31 @@ QUICK = (
 def build(
     dim=128, heads=4, query_heads=None, batch=2, length=100, capacity=112, window=0, slack=0, sinks=6,
     bits=(2, 2), group=128, head_group=4, scheme="zero_point", softcap=0.0, logits=False, padding=(),
-    sliding=0, wraps=False, counted=False, paired=True, dtype=DTYPE, seed=0,
+    sliding=0, wraps=False, counted=False, turned=None, dtype=DTYPE, seed=0,
 ):  # fmt: skip
     """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held,
     Scoring.
     """
     g = torch.Generator().manual_seed(seed)
-    query_heads = query_heads or 2 * heads
+    query_heads, turned = query_heads or 2 * heads, turned or dim
 
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
     matrix = hadamard(dim, torch.float32).sign() / 8
     mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
-    channels = torch.arange(dim)
-    axis = before_rope._neighbouring((channels + dim // 2) % dim) if paired else channels
-    partner = axis[channels ^ 1] if paired else (channels + dim // 2) % dim
-    theta = 10000.0 ** -(axis % (dim // 2) / (dim / 2)).double()
+    half = turned // 2
+    theta = 10000.0 ** -(torch.arange(half).double() / half)
+    still = torch.arange(turned, dim)
+    partner = torch.cat([torch.arange(half, turned), torch.arange(half), still])
+    angles = torch.cat([-theta, theta, 0.0 * still.double()])
     key_map = [
         torch.randperm(heads * dim, generator=g).int()[None], matrix, mixing,
-        torch.stack([axis, partner]).int(), torch.full((dim,), 1.1),
-        torch.where(axis < dim // 2, -theta, theta),
+        *before_rope.in_places(partner, torch.full((dim,), 1.1), angles),
     ]  # fmt: skip
-    turns = key_map[-1][::2] if paired else key_map[-1]
-    steps = torch.arange(tuning.TABLE_TOKENS, dtype=torch.float64)[:, None] * turns
-    key_map.append(torch.cat([steps.cos(), steps.sin()], -1).half())
+    ring = window + slack if window else 0
     keys, values, history, recent, store = empty_layer(
-        g,
-        dim,
-        heads,
-        batch,
-        length,
-        capacity,
-        window + slack if window else 0,
-        sinks,
-        bits,
-        group,
-        scheme,
-        dtype,
+        g, dim, heads, batch, length, capacity, ring, sinks, bits, group, scheme, dtype
     )
     shift = (7 - 10 * torch.arange(batch))[:, None]
     held = Held(

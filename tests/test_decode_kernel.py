@@ -124,19 +124,9 @@ def build(
         matrix, flat @ matrix, rotation, angles,
         torch.cat([steps.cos(), steps.sin()], -1).half(),
     ]  # fmt: skip
+    ring = window + slack if window else 0
     keys, values, history, recent, store = empty_layer(
-        g,
-        dim,
-        heads,
-        batch,
-        length,
-        capacity,
-        window + slack if window else 0,
-        sinks,
-        bits,
-        group,
-        scheme,
-        dtype,
+        g, dim, heads, batch, length, capacity, ring, sinks, bits, group, scheme, dtype
     )
     shift = (7 - 10 * torch.arange(batch))[:, None]
     held = Held(

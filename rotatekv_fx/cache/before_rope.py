@@ -49,10 +49,10 @@ def key_map_before_rope(
         device: of the model.
 
     Returns:
-        Nothing where keys are stored after RoPE, the positions are no ids, RoPE does not turn pairs by fixed
-        angles; where the rotation is not one of
-        heads times a Walsh-Hadamard one of channels; or where the kernels do not take bits and sizes: 3 bits,
-        a head or group that is no power of two, too many query heads, groups too small for a head.
+        Nothing where keys are stored after RoPE, the positions are no ids, or RoPE does not turn pairs by
+        fixed angles; where the rotation is not one of heads times a Walsh-Hadamard one of channels; or where
+        the kernels do not take bits and sizes: 3 bits, a head or group that is no power of two, too many
+        query heads, groups too small for a head.
     """
     dim, heads, transform = shape.head_dim, shape.kv_heads, plan.key
     quantizers = (plan.key_quantizer, plan.value_quantizer)
@@ -73,26 +73,28 @@ def key_map_before_rope(
     opposite = torch.where(partner == torch.arange(dim), 0.0, angles + angles[partner])
     if opposite.abs().max() > _SAME or not torch.allclose(size, size[partner], rtol=1e-2):
         return {}
-    places = torch.arange(dim)
-    axis = _neighbouring(partner)
-    paired = axis is not None
-    axis = axis if paired else places
-    partners = axis[places ^ 1] if paired else partner  # one that RoPE leaves alone has a neighbour too
+    turning = in_places(partner, (size + size[partner]) / 2, (angles - angles[partner]) / 2)
     order = torch.arange(heads * dim) if transform.order is None else torch.argsort(transform.order.cpu())
-    order = order.view(heads, dim)[:, axis].flatten()
-    size, angles = ((size + size[partner]) / 2)[axis], ((angles - angles[partner]) / 2)[axis]
+    order = order.view(heads, dim)[:, turning[0][0].long()].flatten()
     mixing, matrix = factors
-    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * (angles[::2] if paired else angles)
-    tensors = (
-        order.int()[None],
-        matrix.float(),
-        mixing.float(),
-        torch.stack([axis, partners]).int(),
-        size.float(),
-        angles,
-        torch.cat([steps.cos(), steps.sin()], 1).half(),
-    )
+    tensors = (order.int()[None], matrix.float(), mixing.float(), *turning)
     return dict(zip(NAMES, tensors, strict=True))
+
+
+def in_places(partner: Tensor, size: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RoPE of a head, each channel [D] with its partner, factor and angle, as the key_map of
+    `decode_before_rope` has it (`rotatekv_fx.ops.packed`): axis, size, angles, table.
+    """
+    places = torch.arange(len(partner))
+    axis = _neighbouring(partner)
+    if axis is None:
+        axis, partners, turned = places, partner, angles
+    else:
+        partners = axis[places ^ 1]  # one that RoPE leaves alone has a neighbour too
+        turned = angles[axis][::2]
+    steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * turned
+    table = torch.cat([steps.cos(), steps.sin()], 1).half()
+    return torch.stack([axis, partners]).int(), size[axis].float(), angles[axis], table
 
 
 def _in_parts(quantizer: Quantizer, dim: int, block: int) -> bool:
