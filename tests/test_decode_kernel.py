@@ -31,6 +31,7 @@ CASES = {
     "group 64": {"group": 64},
     "group 32": {"group": 32, "bits": (2, 4)},
     "zero points": {"scheme": "zero_point", "pairs": 0},
+    "a window of one token": {"window": 1},
     "no window": {"window": 0},
     "no window, no sinks": {"window": 0, "sinks": 0},
     "no window, single": {"window": 0, "dtype": torch.float32},

@@ -10,16 +10,27 @@ import torch
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
 SCORE_RESIDENT = 48 << 10  # bytes of shared memory that a program may keep beside what it needs at once
+_TURN_COLUMNS = 16  # channels of a leaving key that a program of `decode_kernel` transforms
 _SCORE_BEGINS = 3  # tiles' time that a program spends before its first
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeChoice:
-    """Tokens of a tile, pipeline stages, and shares of the history a unit."""
+    """How `decode_kernel` is launched.
+
+    Attributes:
+        tile, stages: tokens of a tile, and pipeline stages.
+        splits: shares of the history of a unit.
+        turn_rows, turn_columns: sequences and channels of leaving keys that a program transforms.
+        turns_first: whether these programs come before the others.
+    """
 
     tile: int
     stages: int
     splits: int
+    turn_rows: int
+    turn_columns: int
+    turns_first: bool
 
 
 @functools.cache
@@ -38,9 +49,17 @@ def row_block(rows: int, few: int) -> int:
 
 def step_warps(rows: int, quantizes: bool) -> int:
     """Warps of a program of `step_kernel`, which quantizes so many rows or only rotates queries."""
-    if rows > 1:
-        return 4
-    return 8 if quantizes else 2
+    return 8 if quantizes and rows == 1 else 4
+
+
+def code_rows(sequences: int) -> int:
+    """Sequences whose leaving token a program of `finish_kernel` quantizes."""
+    return 1 if sequences <= 4 else 4
+
+
+def finish_warps(block: int) -> int:
+    """Warps of a program of `finish_kernel` that reads so many parts at a time."""
+    return max(1, block // 64)
 
 
 def combine_block(parts: int, channels: int) -> tuple[int, int]:
@@ -61,28 +80,42 @@ def dependent_launch(device: torch.device) -> bool:
 
 
 def decode_choice(
-    device: torch.device, units: int, capacity: int, rows: int, channels: int, exact_tiles: int
+    device: torch.device,
+    batch: int,
+    units: int,
+    capacity: int,
+    rows: int,
+    channels: int,
+    exact_tiles: int,
+    turned: int,
 ) -> DecodeChoice:
-    """How to cover `units` (sequences times units of heads) of `capacity` slots with programs.
+    """How to cover `units` of heads in each of `batch` sequences, of `capacity` slots, with programs.
 
     Args:
-        units: sequences times units of heads.
-        capacity: slots of a sequence's history.
+        device: that runs them.
+        batch, units, capacity: as above.
         rows: query rows of a unit.
         channels: of a unit's keys or values, the larger.
         exact_tiles: programs of a unit beside those of the history.
+        turned: channels of a unit's leaving key, which programs of this launch transform; 0 if they do not.
     """
     processors = _multiprocessors(device)
     wave = processors * 8  # programs that run at once, by their registers
-    tile = 64 if rows <= 8 and channels <= 128 and units * capacity >= 24 * wave else 32
+    units_all = batch * units
+    tile = 64 if rows <= 8 and channels <= 128 and units_all * capacity >= 24 * wave else 32
     if tile == 32:
         wave = processors * 12
-    exact = units * exact_tiles
-    splits = (wave - exact if 16 * exact < wave else wave) // units  # or history waits for exact tiles
+    exact = units_all * exact_tiles
+    splits = (wave - exact if 16 * exact < wave else wave) // units_all  # or history waits for exact tiles
     tiles = max(1, -(-capacity // tile))
     splits = min(splits, max(64 - exact_tiles, -(-tiles // 3)))  # or combining takes longer than it saves
     each = -(-tiles // max(1, splits))
-    return DecodeChoice(tile, 2, -(-tiles // each))
+    splits = -(-tiles // each)
+    turn_rows, columns = 1 if batch <= 4 else 16, _TURN_COLUMNS
+    turning = -(-batch // turn_rows) * units * -(-turned // columns)
+    parts = units_all * splits + exact
+    first = parts <= wave < parts + turning  # or they would be what the end waits for
+    return DecodeChoice(tile, 2, splits, turn_rows, 2 * columns if first else columns, first)
 
 
 @functools.cache

@@ -392,9 +392,8 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
     heads = key.shape[1]
     query, key, value = (x.contiguous() for x in (query, key, value))
     history, window = held.history, held.window
-    codes = quantizing(key, value, held, transforms=False)
-    before, after = (0, codes.programs) if window else (codes.programs, 0)
-    launch_step(codes, held, 1 if held.recent else 0, before)
+    codes = quantizing(key, value, held, "ordered")
+    launch_step(codes, held, 1 if held.recent else 0, codes.programs)
     group = held.key_map[2].shape[0]
     units, repeats, groups = heads // group, query_heads // heads, history[0].shape[1]
     parts = Parts.of(key, value, held, scoring.mask, _EXACT_TILE)
@@ -420,4 +419,4 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
         PAIRED=held.key_map[6].shape[1] == dim, RESIDENT=resident, num_warps=4,
     )  # fmt: skip
-    return attend(query, value, held, scoring, parts, codes, after, scores, scored=True)
+    return attend(query, value, held, scoring, parts, scores, scored=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped, prefetch
 from rotatekv_fx.kernels.quantize.programs import product
 
 
@@ -46,11 +47,12 @@ def attend_exact(
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, EXACT: tl.constexpr, SCORED: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Weights and values of one tile of sinks that left the window, or of the window's tokens.
 
-    Where a query row has `columns` of scores at `score_ptr`, those of these tokens are the last.
+    Where a query row has `columns` of scores at `score_ptr`, those of these tokens are the last. What
+    `step_kernel` writes, the new token among them, is waited for where the launch is DEPENDENT on it.
     """
     rows = tl.arange(0, M)
     channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
@@ -60,6 +62,13 @@ def attend_exact(
         batch, tile, newest, earliest, recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
         mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
     )  # fmt: skip
+    if DEPENDENT:
+        line, at = tl.arange(0, 4), tl.where(seen, slot, 0)[:, None]
+        for u in tl.static_range(U):
+            head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
+            prefetch(keys + head * D + at * D + line[None, :] * (D // 4))
+            prefetch(values + head * DV + at * DV + line[None, :] * (DV // 4))
+        gdc_wait()
     key_words = ()
     value_words = ()
     queries = ()

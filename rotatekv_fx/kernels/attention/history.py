@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOWEST, capped
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOWEST, capped, prefetch
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 
 _CODE_UNIT = tl.constexpr(16777216.0)  # 2^24, the inverse of the fp16 subnormal 1
@@ -73,22 +73,6 @@ def plane_channels(word, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.cons
     """Channels of a group whose codes are in a plane of given words (byte layout: op `quantize`)."""
     BIT: tl.constexpr = PLANE * BITS
     return (BIT % 8) // BITS * (GROUP * BITS // 8) + 2 * word + BIT // 8
-
-
-@triton.jit
-def _query_plane(row_ptr, keep, word, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """The query rows' channels of one plane, [words, M], scaled to its place in the word."""
-    channel = plane_channels(word, PLANE, BITS, GROUP)
-    return tl.load(row_ptr[None, :] + channel[:, None], mask=keep, other=0.0) * plane_factor(PLANE, BITS)
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Bring what pointers point at to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [pointers.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -161,7 +145,7 @@ def attend_history(
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr, DV: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
-    KWP: tl.constexpr, VWP: tl.constexpr, CP: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr,
     PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
     WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -213,8 +197,8 @@ def attend_history(
     if DEPENDENT:
         if not WRAPS:
             ahead = tl.minimum(start + tl.arange(0, 2 * N), capacity - 1)
-            _prefetch(key_codes + ahead.to(tl.int64) * KWORDS)
-            _prefetch(value_codes + ahead.to(tl.int64) * VWORDS)
+            prefetch(key_codes + ahead.to(tl.int64) * KWORDS)
+            prefetch(value_codes + ahead.to(tl.int64) * VWORDS)
         gdc_wait()  # for what `step_kernel` writes: rotated queries, the ring, codes if there is no window
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
@@ -225,32 +209,40 @@ def attend_history(
         from_sin = tl.load(
             row_ptr[None, :] + CHANNELS + PAIRS + pair[:, None], mask=inside[None, :], other=0.0
         )
-    channel = tl.arange(0, CP)
-    whole = tl.load(
-        row_ptr[:, None] + channel[None, :], mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0
-    )
     planes = ()
+    keep = (kword < KW)[:, None] & inside[None, :]
+    keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
     for g in tl.static_range(KG):
-        keep = (kword < KW)[:, None] & inside[None, :]
+        of_group = row_ptr[None, :] + g * KGROUP
         for plane in tl.static_range(KPLANES):
-            planes = planes + (_query_plane(row_ptr + g * KGROUP, keep, kword, plane, KLOW, KGROUP),)
+            channel = plane_channels(kword, plane, KLOW, KGROUP)
+            planes = planes + (tl.load(of_group + channel[:, None], mask=keep, other=0.0),)
         for plane in tl.static_range(KHIGH):
-            keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
-            planes = planes + (4.0 * _query_plane(row_ptr + g * KGROUP, keep_high, bword, plane, 1, KGROUP),)
+            channel = plane_channels(bword, plane, 1, KGROUP)
+            planes = planes + (tl.load(of_group + channel[:, None], mask=keep_high, other=0.0),)
 
     tl.debug_barrier()  # so that all loads are under way before the first is waited for
 
     # The unit's largest |query channel| is brought to 2^12, so that no plane leaves fp16's normal range.
-    largest = tl.maximum(tl.max(tl.max(tl.abs(whole), 1), 0), 1.0e-30)
+    reach = tl.full([KWP, M], 1.0e-30, tl.float32)
+    sums = ()
+    for g in tl.static_range(KG):
+        by_word = tl.zeros([KWP, M], tl.float32)
+        for plane in tl.static_range(KPLANES):
+            reach = tl.maximum(reach, tl.abs(planes[g * (KPLANES + KHIGH) + plane]))
+            by_word += planes[g * (KPLANES + KHIGH) + plane]
+        sums = sums + (tl.sum(by_word, 0),)
+    largest = tl.max(tl.max(reach, 0), 0)
     top = 4096.0 / largest
     unscale = largest * (_CODE_UNIT / 4096.0)
     queries = ()
-    sums = ()
     for g in tl.static_range(KG):
-        of_group = (channel >= g * KGROUP) & (channel < (g + 1) * KGROUP)
-        sums = sums + (tl.sum(tl.where(of_group[None, :], whole, 0.0), 1),)
-    for i in tl.static_range(KG * (KPLANES + KHIGH)):
-        queries = queries + ((planes[i] * top).to(tl.float16),)
+        for plane in tl.static_range(KPLANES):
+            factor = top * plane_factor(plane, KLOW)
+            queries = queries + ((planes[g * (KPLANES + KHIGH) + plane] * factor).to(tl.float16),)
+        for plane in tl.static_range(KHIGH):
+            factor = top * (4.0 * plane_factor(plane, 1))
+            queries = queries + ((planes[g * (KPLANES + KHIGH) + KPLANES + plane] * factor).to(tl.float16),)
     if PAIRS > 0:
         by_cos, by_sin = from_cos * cos + from_sin * sin, from_sin * cos - from_cos * sin
     accumulators = ()

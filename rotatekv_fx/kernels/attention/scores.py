@@ -18,3 +18,12 @@ def capped(score, softcap, SOFTCAP: tl.constexpr):
         cap = softcap * LOG2E
         score = cap * (1.0 - 2.0 / (tl.exp2(score / softcap * 2.0) + 1.0))
     return score
+
+
+@triton.jit
+def prefetch(pointers):
+    """Bring what pointers point at to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{prefetch.global.L2 [$1]; mov.b32 $0, 0;}", "=r,l", [pointers.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip

@@ -1,9 +1,10 @@
 """Decode attention over packed history, sinks and recent tokens: split-KV Triton kernels.
 
 Three launches make a step: `step_kernel` (rotate the query, store the new token), `decode_kernel` (parts of
-the sums over tokens) and `finish_kernel` (combine the parts, and quantize the token that the next step reads
-through its codes; without a window that is the new one, and the first launch does it). On Hopper each starts
-before the one ahead of it has ended, and waits where it needs that one's results.
+the sums over tokens; and the key that the next step reads through its codes, transformed) and `finish_kernel`
+(combine the parts, and quantize that key and its value). Where that token is the new one, with a window of
+one or none, the first launch does it. On Hopper each starts before the one ahead of it has ended, and waits
+where it needs that one's results.
 
 A program is one warp, so that its scores stay in its registers on the way to the values. Heads that share a
 quantization group or a rotation form a unit of U heads: R = U * r query rows (r = Hq / Hkv) meet all channels
@@ -26,31 +27,34 @@ from rotatekv_fx.kernels.attention.exact import attend_exact
 from rotatekv_fx.kernels.attention.history import attend_history
 from rotatekv_fx.kernels.attention.scores import HIDDEN, LOG2E, LOWEST
 from rotatekv_fx.kernels.held import Held, Scoring
-from rotatekv_fx.kernels.quantize.programs import quantize_program
-from rotatekv_fx.kernels.quantize.triton import Quantizing, launch_step, quantizing
+from rotatekv_fx.kernels.quantize.programs import quantize_program, turn_program
+from rotatekv_fx.kernels.quantize.triton import launch_step, plane_width, quantizing
 
 
-@triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride"])
+@triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride", "parts", "sequences"])
 def decode_kernel(
-    count_ptr, number, query_ptr, rotated_ptr,
+    count_ptr, number, query_ptr, rotated_ptr, key_matrix, key_mean, turned_ptr, sequences,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
     position_ptr, position_stride, angle_ptr, table_ptr,
-    scale, softcap, columns, units, out_ptr, weight_ptr,
+    scale, softcap, columns, units, parts, out_ptr, weight_ptr,
     COUNTED: tl.constexpr, R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
-    KWP: tl.constexpr, VWP: tl.constexpr, CP: tl.constexpr,
-    PAIRS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr, SLIDING: tl.constexpr,
-    N: tl.constexpr, NE: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
-    WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    SLIDING: tl.constexpr, N: tl.constexpr, NE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TURNS_FIRST: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * units, splits + tiles): shares of the history first, then tiles of exact tokens.
+    """Grid (B * units, parts + more): shares of the history first, then tiles of exact tokens; and after
+    these parts, or before them, where there are ROWS, programs that transform so many sequences' keys that
+    leave the window next.
 
     `number` is the new token's (read from `count_ptr` where COUNTED). `rotated_ptr` has rotated queries; or,
-    where there are no key groups (KG is 0), `columns` of scores a query row.
+    where there are no key groups (KG is 0), `columns` of scores a query row. `turned_ptr` receives the
+    leaving keys, fp32 [B, units, U * D].
     out fp32 [B, units, parts, R, DV], weights fp32 [B, units, parts, R, 2]: each part's base, in units of
     log 2, and its sum of weights.
     """
@@ -61,12 +65,15 @@ def decode_kernel(
     if COUNTED:
         newest = tl.load(count_ptr).to(tl.int32)
     batch, unit = tl.program_id(0) // units, tl.program_id(0) % units
-    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    more = tl.num_programs(1) - parts
+    split, splits = tl.program_id(1), parts - EXACT
+    if TURNS_FIRST:
+        split -= more
+    part = tl.program_id(0).to(tl.int64) * parts + split
     earliest = newest * 0
     if SLIDING > 0:
         earliest = tl.maximum(newest - SLIDING + 1, 0)
-    split, splits = tl.program_id(1), tl.num_programs(1) - EXACT
-    if split < splits:
+    if (split >= 0) & (split < splits):
         position = newest * 0
         if PAIRS > 0:
             position = tl.load(position_ptr + batch * position_stride).to(tl.int32) - newest
@@ -76,19 +83,26 @@ def decode_kernel(
             rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
             mask_ptr, mask_stride, mask_offset, mask_columns,
             position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
-            R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP, CP,
+            R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP,
             PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT,
         )  # fmt: skip
-    else:
-        if DEPENDENT:
-            gdc_wait()
+    elif (split >= 0) & (split < parts):
         attend_exact(
             batch, unit, split - splits, part, newest, earliest,
             query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
             mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, softcap, units, ring, rotated_ptr, columns, out_ptr, weight_ptr,
-            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP,
+            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP, DEPENDENT,
         )  # fmt: skip
+    elif ROWS > 0:
+        blocks = tl.cdiv(sequences, ROWS)
+        turn = split + more if TURNS_FIRST else split - parts
+        program = turn * tl.num_programs(0) + tl.program_id(0)
+        if program < units * blocks * ((U * D + COLUMNS - 1) // COLUMNS):
+            turn_program(
+                program, newest, blocks, sequences, recent_keys, ring, key_matrix, key_mean, angle_ptr,
+                position_ptr, position_stride, units, turned_ptr, U, D, DP, COLUMNS, ROWS, PAIRS, WINDOW - 1,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -127,41 +141,41 @@ def _combine(
     )
 
 
-@triton.jit(do_not_specialize=["number", "parts", "tokens", "rows_total", "new_tokens"])
+@triton.jit(do_not_specialize=["number", "parts", "sequences", "code_programs"])
 def finish_kernel(
-    count_ptr, number, quantize_programs, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
-    key_programs, row_blocks, tokens, rows_total, new_tokens,
-    new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
-    key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+    count_ptr, number, code_programs, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
+    turned_ptr, sequences, ring_values, ring, sink_tokens,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
-    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
+    COUNTED: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
-    PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: programs that quantize, where it QUANTIZES, which wait for nothing; then B * units * rows times
-    DV / COLUMNS programs that combine.
+    """Grid: where there are ROWS, programs that quantize so many sequences' tokens that leave the window
+    next, from transformed keys and the ring's values; then B * units * rows times DV / COLUMNS programs that
+    combine.
     """
     program = tl.program_id(0)
-    if QUANTIZES:  # noqa: SIM102, a constant and a runtime condition
-        if program < quantize_programs:
-            start = number
+    if ROWS > 0:  # noqa: SIM102, a constant and a runtime condition
+        if program < code_programs:
+            blocks = tl.cdiv(sequences, ROWS)
+            newest = number
             if COUNTED:
-                start = tl.load(count_ptr).to(tl.int32)
+                newest = tl.load(count_ptr).to(tl.int32)
             quantize_program(
-                program, start, key_programs, row_blocks, tokens, rows_total, new_tokens,
-                new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
-                key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
+                program, newest + 1, units * KG * blocks, blocks, 1, sequences, 1,
+                turned_ptr, ring_values, ring_values, ring_values, ring, sink_tokens,
+                turned_ptr, turned_ptr, turned_ptr, count_ptr, 0,
                 key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
-                key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
-                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, TRANSFORM, WRAPS, LAG,
-                ROWS,
+                key_clip, value_clip, units, D, DV, D, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
+                VBYTES, KWIDTH, VWIDTH, 0, SINKS, SINKS_PADDED, MIDPOINT, "turned", WRAPS, WINDOW, ROWS,
+                DEPENDENT,
             )  # fmt: skip
-    program -= quantize_programs
+    program -= code_programs
     if program >= 0:
         if DEPENDENT:
             gdc_wait()
@@ -226,13 +240,12 @@ def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scori
     query, key, value = (x.contiguous() for x in (query, key, value))
     rotated = query.new_empty((batch, query_heads, held.key_map[2].shape[2]), dtype=torch.float32)
     codes = quantizing(key, value, held)
-    before, after = (0, codes.programs) if held.window else (codes.programs, 0)
     launch_step(
-        codes, held, 1 if held.recent else 0, before, query, rotated, scoring.scale * math.log2(math.e),
-        tuning.dependent_launch(query.device),
+        codes, held, 1 if held.recent else 0, 0 if held.window > 1 else codes.programs, query, rotated,
+        scoring.scale * math.log2(math.e), tuning.dependent_launch(query.device),
     )  # fmt: skip
     parts = Parts.of(key, value, held, scoring.mask, 32 if held.unit_heads(key) == 1 and dim <= 128 else 16)
-    return attend(query, value, held, scoring, parts, codes, after, rotated)
+    return attend(query, value, held, scoring, parts, rotated)
 
 
 def attend(
@@ -241,12 +254,11 @@ def attend(
     held: Held,
     scoring: Scoring,
     parts: Parts,
-    codes: Quantizing,
-    after: int,
     rotated: Tensor,
     scored: bool = False,
 ) -> Tensor:
-    """The last two launches: attend to the layer, and quantize by `after` programs of `codes`.
+    """The last two launches: attend to the layer, combine, and, but where `scored`, quantize what leaves the
+    window next.
 
     Args:
         rotated: fp32 [B, Hq, C + 2P] queries, rotated and scaled; or, where `scored`, [B, Hq, N + exact]
@@ -270,42 +282,57 @@ def attend(
     repeats = query_heads // heads
     rows = unit_heads * repeats
     channels = max(key_groups * held.key_group, value_groups * held.value_group)
+    turned_channels = unit_heads * dim if held.window > 1 and not scored else 0
     choice = tuning.decode_choice(
-        query.device, batch * units, held.capacity, rows, channels, parts.exact_tiles
+        query.device, batch, units, held.capacity, rows, channels, parts.exact_tiles, turned_channels
     )
     count_parts = choice.splits + parts.exact_tiles
     out_parts = query.new_empty((batch * units, count_parts, rows, value_dim), dtype=torch.float32)
     weights = query.new_empty((batch * units, count_parts, rows, 2), dtype=torch.float32)
     out = query.new_empty((batch, 1, query_heads, value_dim))
-    decode_kernel[(batch * units, count_parts)](
-        parts.counter, held.number, query, rotated,
+    turn_rows, code_rows = (choice.turn_rows, tuning.code_rows(batch)) if turned_channels else (0, 0)
+    turn_programs = code_programs = 0
+    if turned_channels:
+        turn_programs = triton.cdiv(batch, turn_rows) * triton.cdiv(turned_channels, choice.turn_columns)
+        code_programs = triton.cdiv(batch, code_rows) * units * (key_groups + value_groups)
+    turned = query.new_empty((batch, units, max(1, turned_channels)), dtype=torch.float32)
+    sizes = {
+        "COUNTED": held.count is not None, "U": unit_heads, "D": dim, "DV": value_dim, "KG": key_groups,
+        "VG": value_groups, "KGROUP": held.key_group, "VGROUP": held.value_group, "KBITS": held.key_bits,
+        "VBITS": held.value_bits, "SINKS": parts.sink_count, "WINDOW": held.window,
+        "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "DEPENDENT": dependent,
+    }  # fmt: skip
+    decode_kernel[(batch * units, count_parts + triton.cdiv(turn_programs, batch))](
+        parts.counter, held.number, query, rotated, held.key_map[0], held.key_map[1],
+        turned, batch,
         history[0].view(torch.int16), history[1], history[2],
         history[3].view(torch.int16), history[4], history[5], held.capacity,
         *parts.recent, parts.recent[0].shape[2], *parts.sinks,
         parts.shown, parts.shown_stride, scoring.mask_offset, parts.shown_columns,
         parts.position, parts.position_stride, angles, table,
-        scoring.scale, scoring.softcap, columns, units, out_parts, weights,
-        COUNTED=held.count is not None, R=rows, M=max(8, triton.next_power_of_2(rows)),
-        U=unit_heads, REPEATS=repeats,
-        D=dim, DV=value_dim, DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
-        KG=key_groups, VG=value_groups, KGROUP=held.key_group, VGROUP=held.value_group,
-        KBITS=held.key_bits, VBITS=held.value_bits, KWORDS=history[0].shape[3] // 2,
-        VWORDS=history[3].shape[3] // 2,
+        scoring.scale, scoring.softcap, columns, units, count_parts, out_parts, weights,
+        R=rows, M=max(8, triton.next_power_of_2(rows)), REPEATS=repeats,
+        DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
+        KWORDS=history[0].shape[3] // 2, VWORDS=history[3].shape[3] // 2,
         KWP=_tensor_step(held.key_group, held.key_bits), VWP=_tensor_step(held.value_group, held.value_bits),
-        CP=triton.next_power_of_2(max(1, key_groups * held.key_group)), PAIRS=pairs, SINKS=parts.sink_count,
-        WINDOW=held.window, SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, STAGES=choice.stages,
-        MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
-        SOFTCAP=scoring.softcap != 0.0, DEPENDENT=dependent, num_warps=1, num_stages=choice.stages, **launch,
+        PAIRS=pairs, SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, ROWS=turn_rows,
+        COLUMNS=choice.turn_columns, TURNS_FIRST=choice.turns_first, STAGES=choice.stages,
+        MASKED=parts.masked, SOFTCAP=scoring.softcap != 0.0, **sizes,
+        num_warps=1, num_stages=choice.stages, **launch,
     )  # fmt: skip
     logits = scoring.sink_logits
     block, columns = tuning.combine_block(count_parts, value_dim)
-    finish_kernel[(after + batch * query_heads * triton.cdiv(value_dim, columns),)](
-        parts.counter, held.number, after, out_parts, weights,
-        weights if logits is None else logits, out, count_parts, rows, *codes.arguments,
-        COUNTED=held.count is not None, QUANTIZES=after > 0,
-        HAS_LOGITS=0 if logits is None else query_heads, BLOCK=block, COLUMNS=columns,
-        DEPENDENT=dependent, **codes.constants, num_warps=4, maxnreg=128,
-        **launch,
+    finish_kernel[(code_programs + batch * query_heads * triton.cdiv(value_dim, columns),)](
+        parts.counter, held.number, code_programs, out_parts, weights,
+        weights if logits is None else logits, out, count_parts, rows,
+        turned, batch, parts.recent[1], parts.recent[1].shape[2], parts.sinks[2],
+        *history, held.capacity, held.key_clip, held.value_clip, units,
+        HAS_LOGITS=0 if logits is None else query_heads, BLOCK=block, COLUMNS=columns, ROWS=code_rows,
+        KBYTES=history[0].shape[3], VBYTES=history[3].shape[3],
+        KWIDTH=plane_width(held.key_group, held.key_bits),
+        VWIDTH=plane_width(held.value_group, held.value_bits),
+        SINKS_PADDED=triton.next_power_of_2(max(1, parts.sink_count)), **sizes,
+        num_warps=tuning.finish_warps(block), **launch,
     )  # fmt: skip
     return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_wait
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _SCALE_MIN = tl.constexpr(6.103515625e-05)  # smallest normal fp16
@@ -214,19 +215,72 @@ def _transformed(
 
 
 @triton.jit
+def turn_program(
+    program, newest, row_blocks, rows_total, ring_keys, ring, key_matrix, key_mean, angle_ptr, position_ptr,
+    position_stride, units, turned_ptr,
+    U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, LAG: tl.constexpr,
+):  # fmt: skip
+    """Keys of the ring that were new LAG tokens ago, one a sequence, transformed: some channels of
+    `turned_ptr`, fp32 [B, units, U * D].
+    """
+    WIDTH: tl.constexpr = U * D
+    parts: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    part, block, unit = program % parts, program // parts % row_blocks, program // parts // row_blocks
+    row = block * ROWS + tl.arange(0, ROWS)
+    batch, leaving = row.to(tl.int64), newest - LAG + row * 0
+    inside = (row < rows_total) & (leaving >= 0)
+    channel = part * COLUMNS + tl.arange(0, COLUMNS)
+    real = channel < WIDTH
+    key_matrix += tl.cast(unit * U * D, tl.int64) * WIDTH
+    key_mean += tl.cast(unit * 2 * PAIRS, tl.int64) * WIDTH
+    if ROWS == 1 and U == 1 and DP * COLUMNS <= 2048:  # what one warp's registers hold at once
+        source, pair = tl.arange(0, DP), tl.arange(0, PAIRS if PAIRS > 0 else 1)
+        matrix = tl.load(
+            key_matrix + source[:, None] * WIDTH + channel[None, :],
+            mask=(source < D)[:, None] & real[None, :], other=0.0,
+        )  # fmt: skip
+        x = _rows_of(
+            batch * units + unit, source, leaving, newest + 1, inside, ring_keys, 1, ring_keys, ring, D
+        )
+        if PAIRS > 0:
+            waves = key_mean + pair[:, None] * WIDTH + channel[None, :]
+            keep = real[None, :] & (pair >= 0)[:, None]
+            by_cos = tl.load(waves, mask=keep, other=0.0)
+            by_sin = tl.load(waves + PAIRS * WIDTH, mask=keep, other=0.0)
+            place = tl.load(position_ptr + batch * position_stride) - LAG
+            angle = tl.load(angle_ptr + pair)
+        tl.debug_barrier()  # so that all loads are under way before the first is waited for
+        y = tl.sum(tl.trans(x.to(tl.float32)) * matrix, 0)
+        if PAIRS > 0:
+            cos, sin = cos_sin(place.to(tl.float64)[:, None] * angle[None, :])
+            y -= tl.sum(tl.trans(cos) * by_cos + tl.trans(sin) * by_sin, 0)
+        y = y[None, :]
+    else:
+        y = _transformed(
+            unit, row, 1, rows_total, batch, leaving, newest + 1, inside, channel, real, ring_keys, 1,
+            ring_keys, ring, key_matrix, key_mean, angle_ptr, position_ptr, position_stride, units, U, D, DP,
+            WIDTH, ROWS, PAIRS, LAG,
+        )  # fmt: skip
+    at = turned_ptr + (batch * units + unit)[:, None] * WIDTH + channel[None, :]
+    tl.store(at, y, mask=inside[:, None] & real[None, :])
+
+
+@triton.jit
 def _quantize_group(
     unit, group, block, tokens, rows_total, first, start, newest_sinks_ptr,
     new_ptr, ring_ptr, ring, matrix_ptr, mean_ptr, angle_ptr, position_ptr, position_stride,
     codes_ptr, scale_ptr, offset_ptr, capacity, clip, units, new_tokens,
     U: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
-    SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, TRANSFORM: tl.constexpr,
-    ORDERED: tl.constexpr, WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr,
+    SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr, KIND: tl.constexpr,
+    WRAPS: tl.constexpr, MARK: tl.constexpr, LAG: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Rows of one quantization group: gather, transform, quantize, pack, store.
 
-    Where channels are ORDERED, their codes have other places than their groups (op `quantize`); the order is
-    at `matrix_ptr`.
+    By their KIND, rows are transformed by a "matrix"; or "turned" by it, in a launch that this one may be
+    DEPENDENT on, and are what `new_ptr` has, fp32 [B, units, GROUPS * GROUP]; or "ordered", so that codes
+    have other places than their groups (op `quantize`), by the order at `matrix_ptr`; or "plain".
     """
     PBITS: tl.constexpr = 2 if BITS == 3 else BITS
     PLANES: tl.constexpr = 8 // PBITS
@@ -245,7 +299,14 @@ def _quantize_group(
             newest_sinks_ptr + batch[:, None] * SINKS + sink[None, :],
             mask=(row < rows_total)[:, None] & (sink < SINKS)[None, :], other=-1,
         )  # fmt: skip
-    if TRANSFORM:
+    if KIND == "turned":
+        if DEPENDENT:
+            gdc_wait()
+        y = tl.load(
+            new_ptr + ((batch * units + unit) * GROUPS + group)[:, None] * GROUP + channel[None, :],
+            mask=inside[:, None] & real[None, :], other=0.0,
+        )  # fmt: skip
+    elif KIND == "matrix":
         turned_group = tl.cast(unit * U * D, tl.int64) * (GROUPS * GROUP) + group * GROUP
         y = _transformed(
             unit, row, tokens, rows_total, batch, number, start, inside, channel, real,
@@ -255,11 +316,11 @@ def _quantize_group(
         )  # fmt: skip
     else:
         source = group * GROUP + channel
-        if ORDERED:
+        if KIND == "ordered":
             source = tl.load(matrix_ptr + source, mask=real, other=0)
         first_head = batch * (units * U) + unit * U
         y = _as_it_is(source, first_head, number, start, inside, real, new_ptr, new_tokens, ring_ptr, ring, D)
-    if ORDERED:
+    if KIND == "ordered":
         # codes of this group's places, by the grids of all groups
         scale, offset, flat = y * 0.0, y * 0.0, y != y
         own_scale = tl.zeros([ROWS, 1], tl.float32)
@@ -311,10 +372,10 @@ def quantize_program(
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Key programs, then value programs: `tokens` of each sequence become codes, the last of them LAG tokens
-    before the newest.
+    before the newest. KEYS are of a kind that `_quantize_group` names.
     """
     first = start + new_tokens - LAG - tokens
     if program < key_programs:
@@ -323,7 +384,7 @@ def quantize_program(
             first, start, sink_tokens, new_keys, ring_keys, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, key_codes, key_scale, key_offset, capacity, key_clip, units,
             new_tokens, U, D, DP, KGROUP, KG, KBITS, KBYTES, KWIDTH, ROWS, PAIRS, SINKS, SINKS_PADDED,
-            MIDPOINT, TRANSFORM, not TRANSFORM, WRAPS, True, LAG,
+            MIDPOINT, KEYS, WRAPS, True, LAG, DEPENDENT,
         )  # fmt: skip
     else:
         index = program - key_programs
@@ -332,5 +393,5 @@ def quantize_program(
             first, start, sink_tokens, new_values, ring_values, ring, key_matrix, key_mean, angle_ptr,
             position_ptr, position_stride, value_codes, value_scale, value_offset, capacity, value_clip,
             units, new_tokens, U, DV, DP, VGROUP, VG, VBITS, VBYTES, VWIDTH, ROWS, 0, SINKS, SINKS_PADDED,
-            MIDPOINT, False, False, WRAPS, False, LAG,
+            MIDPOINT, "plain", WRAPS, False, LAG, False,
         )  # fmt: skip

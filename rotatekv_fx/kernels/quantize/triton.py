@@ -121,7 +121,7 @@ def step_kernel(
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
     PAIRS: tl.constexpr, SINKS: tl.constexpr, SINKS_PADDED: tl.constexpr, MIDPOINT: tl.constexpr,
-    TRANSFORM: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WRAPS: tl.constexpr, LAG: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs that quantize, where it QUANTIZES; query programs; programs of the ring (B * Hkv).
 
@@ -140,8 +140,8 @@ def step_kernel(
                 key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
                 key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
                 key_clip, value_clip, units, D, DV, DP, U, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KBYTES,
-                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, TRANSFORM, WRAPS, LAG,
-                ROWS,
+                VBYTES, KWIDTH, VWIDTH, PAIRS, SINKS, SINKS_PADDED, MIDPOINT, KEYS, WRAPS, LAG,
+                ROWS, False,
             )  # fmt: skip
     program -= quantize_programs
     if (program >= 0) & (program < query_programs):
@@ -178,9 +178,9 @@ class Quantizing:
     rows: int
 
 
-def quantizing(key: Tensor, value: Tensor, held: Held, transforms: bool = True) -> Quantizing:
-    """What makes codes of as many tokens as are new: keys and values [B, Hkv, S, D], contiguous. Keys are
-    transformed by the key map, or quantized as they are.
+def quantizing(key: Tensor, value: Tensor, held: Held, keys: str = "matrix") -> Quantizing:
+    """What makes codes of as many tokens as are new: keys and values [B, Hkv, S, D], contiguous; `keys` is
+    their kind, of those that `_quantize_group` names.
     """
     batch, _, new, dim = key.shape
     value_dim, capacity = value.shape[3], held.capacity
@@ -206,9 +206,9 @@ def quantizing(key: Tensor, value: Tensor, held: Held, transforms: bool = True) 
         "KGROUP": held.key_group, "VGROUP": held.value_group,
         "KBITS": held.key_bits, "VBITS": held.value_bits,
         "KBYTES": history[0].shape[3], "VBYTES": history[3].shape[3],
-        "KWIDTH": _plane_width(held.key_group, held.key_bits),
-        "VWIDTH": _plane_width(held.value_group, held.value_bits),
-        "PAIRS": len(angles) if transforms else 0, "TRANSFORM": transforms, "SINKS": sink_count,
+        "KWIDTH": plane_width(held.key_group, held.key_bits),
+        "VWIDTH": plane_width(held.value_group, held.value_bits),
+        "PAIRS": 0 if keys == "ordered" else len(angles), "KEYS": keys, "SINKS": sink_count,
         "SINKS_PADDED": triton.next_power_of_2(max(1, sink_count)),
         "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "LAG": max(0, held.window - 1),
         "ROWS": rows,
@@ -257,6 +257,6 @@ def launch_step(
     )  # fmt: skip
 
 
-def _plane_width(group: int, bits: int) -> int:
+def plane_width(group: int, bits: int) -> int:
     """Bytes of a plane of codes (the 2-bit one at 3 bits), padded to a power of two."""
     return triton.next_power_of_2(group * (2 if bits == 3 else bits) // 8)
