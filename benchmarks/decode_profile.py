@@ -26,7 +26,7 @@ import typer
 from benchmarks.decode import LARGE, RECIPES
 
 KERNELS = ("step_kernel", "score_kernel", "decode_kernel", "finish_kernel")
-PIPES = ("alu", "fma", "fp16", "fp64", "lsu", "tensor", "uniform", "xu")
+PIPES = ("alu", "fma", "fp64", "lsu", "tensor", "uniform", "xu")
 STALLS = (
     "barrier", "dispatch_stall", "gmma", "lg_throttle", "long_scoreboard", "math_pipe_throttle", "membar",
     "mio_throttle", "no_instruction", "not_selected", "selected", "short_scoreboard", "sleeping", "wait",
@@ -94,17 +94,25 @@ def main(
     out: Annotated[Path, typer.Option(help="folder that receives profile_RECIPE.json")],
     recipe: Annotated[str, typer.Option(help=" or ".join(RECIPES))] = "centered",
 ) -> None:
-    """Read the counters at a recipe's largest shapes and write profile_RECIPE.json."""
+    """Read the counters at a recipe's largest shapes and write profile_RECIPE.json after each."""
     if recipe not in RECIPES:
         raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
     if shutil.which("ncu") is None:
         raise SystemExit("no ncu found: install Nsight Compute, which comes with the CUDA toolkit.")
     if not torch.cuda.is_available():
         raise SystemExit("no GPU found: the kernels are measured on one.")
-    rows: list[dict[str, object]] = []
+    out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "gpu": torch.cuda.get_device_properties(0).name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "recipe": recipe,
+        "settings": RECIPES[recipe].settings,
+        "rows": [],
+    }
     for index, shape in enumerate(LARGE):
         for kernel in profiled(recipe, index):
-            rows.append({**dataclasses.asdict(shape), **kernel})
+            report["rows"].append({**dataclasses.asdict(shape), **kernel})
             stalls = {k: v for k, v in kernel.items() if k.startswith("stall_")}
             print(
                 f"B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context} {kernel['kernel']}: "
@@ -113,16 +121,7 @@ def main(
                 + ", ".join(sorted(stalls, key=stalls.get, reverse=True)[:3]),
                 flush=True,
             )
-    out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "gpu": torch.cuda.get_device_properties(0).name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "recipe": recipe,
-        "settings": RECIPES[recipe].settings,
-        "rows": rows,
-    }
-    (out / f"profile_{recipe}.json").write_text(json.dumps(report, indent=1) + "\n")
+        (out / f"profile_{recipe}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
