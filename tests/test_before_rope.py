@@ -54,6 +54,7 @@ CASES = {
     "softcap": {"softcap": 5.0},
     "sink logits": {"logits": True},
     "left padding": {"padding": (0, 50)},
+    "left padding, a mask that is added": {"padding": (0, 50), "added": torch.float32, "softcap": 5.0},
     "sliding": {"sliding": 60, "capacity": 60, "wraps": True, "length": 101},
     "sliding, window": {"sliding": 60, "capacity": 52, "wraps": True, "length": 101, "window": 9, "slack": 1},
     "first token": {"length": 0, "sinks": 0},
@@ -76,7 +77,7 @@ QUICK = (
 def build(
     dim=128, heads=4, query_heads=None, batch=2, length=100, capacity=112, window=0, slack=0, sinks=6,
     bits=(2, 2), group=128, head_group=4, scheme="zero_point", softcap=0.0, logits=False, padding=(),
-    sliding=0, wraps=False, counted=False, turned=None, dtype=DTYPE, seed=0,
+    added=None, sliding=0, wraps=False, counted=False, turned=None, dtype=DTYPE, seed=0,
 ):  # fmt: skip
     """Arguments of `decode_before_rope` for a cache of `length` tokens: query, key, value, Held,
     Scoring.
@@ -112,7 +113,7 @@ def build(
             torch.zeros(batch, query_heads, 1, dim), *(x[:, :, number : number + 1] for x in (keys, values)),
             dataclasses.replace(held, number=number), Scoring(None, 0, 0, 1.0, 0.0, None),
         )  # fmt: skip
-    mask = padding_mask(padding, batch, length + 1)
+    mask = padding_mask(padding, batch, length + 1, added)
     held = dataclasses.replace(
         held, count=torch.tensor(length) if counted else None, number=0 if counted else length
     )
@@ -269,24 +270,28 @@ MODELS = {
     "partial RoPE": ("gpt_neox", {}),
     "RoPE of 24 of 32 channels": ("gpt_neox", {"rotary_pct": 0.75}),
     "interleaved RoPE": ("cohere", {}),
+    "soft-cap, a mask that is added": ("gemma2", {}),
+    "the same, stored after RoPE": ("gemma2", {"recipe": "centered", "window": 6, "slack": 2}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_decoding_by_the_op_gives_the_logits_of_the_general_path(name, monkeypatch):
     architecture, settings = MODELS[name]
+    recipe = settings.get("recipe", "paper")
+    op_name = "decode_before_rope" if recipe == "paper" else "decode"
     if "rotary_pct" in settings:
         model = zoo.build(architecture, **settings)
         packed = zoo.transformed(model, "paper", zoo.calibrated(model), sinks=4)
         assert packed.gpt_neox.layers[0].attention.rotatekv.before_rope_table.shape[1] == 2 * 32
     else:
-        packed = zoo.packed(architecture, "paper", 2, sinks=4, **settings)
-    assert all("decode_before_rope" in site.lowered for site in rk.report(packed).sites)
+        packed = zoo.packed(architecture, **{"recipe": recipe, "layers": 2, "sinks": 4, **settings})
+    assert all(op_name in site.lowered for site in rk.report(packed).sites)
     ids, mask = zoo.prompt(length=24)
     longer = torch.cat([mask, mask.new_ones(len(ids), 8)], 1)
     new = torch.randint(1, 50, (len(ids), 8), generator=torch.Generator().manual_seed(3))
     calls = []
-    op = rotatekv.decode_before_rope
+    op = getattr(rotatekv, op_name)
 
     def logits():
         cache, found = DynamicCache(config=packed.config), []
@@ -306,7 +311,7 @@ def test_decoding_by_the_op_gives_the_logits_of_the_general_path(name, monkeypat
         return op(*args)
 
     with torch.no_grad():
-        monkeypatch.setattr(rotatekv, "decode_before_rope", counting)
+        monkeypatch.setattr(rotatekv, op_name, counting)
         by_the_op = logits()
         assert len(calls) == 16
         monkeypatch.setattr(PackedLayer, "decodes", lambda *_: False)

@@ -38,6 +38,9 @@ CASES = {
     "softcap": {"softcap": 5.0},
     "sink logits": {"logits": True},
     "left padding": {"padding": (0, 70)},
+    "left padding, a mask that is added": {"padding": (0, 70), "added": torch.float32, "softcap": 5.0},
+    "left padding, added in bfloat16": {"padding": (0, 70), "added": torch.bfloat16},
+    "left padding, added in half": {"padding": (0, 70), "added": torch.float16, "window": 0},
     "sliding": {"sliding": 96, "capacity": 80, "wraps": True, "length": 201},
     "short": {"length": 20},
     "first token": {"length": 0, "sinks": 0},
@@ -79,20 +82,25 @@ def empty_layer(
     return keys, values, history, recent, store
 
 
-def padding_mask(padding, batch, columns):
-    """Hides the first tokens of each sequence, as many as `padding` says; None without padding."""
+def padding_mask(padding, batch, columns, added=None):
+    """Hides the first tokens of each sequence, as many as `padding` says; None without padding. A mask to be
+    added, of dtype `added`, says something of the others too.
+    """
     if not padding:
         return None
     mask = torch.ones(batch, columns, dtype=torch.bool)
     for b, count in enumerate(padding):
         mask[b, :count] = False
-    return mask
+    if added is None:
+        return mask
+    bias = torch.randn(mask.shape, generator=torch.Generator().manual_seed(3)).to(added)
+    return bias.masked_fill(~mask, torch.finfo(added).min)
 
 
 def build(
     dim=128, heads=2, query_heads=8, batch=2, length=300, capacity=320, window=64, slack=8, sinks=6,
     bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
-    sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
+    added=None, sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
 ):  # fmt: skip
     """Arguments of `decode` for a cache of `length` tokens, filled by the reference: query, key, value,
     Held, Scoring.
@@ -136,7 +144,7 @@ def build(
     )  # fmt: skip
     if length:
         reference.extend(keys[:, :, :length], values[:, :, :length], held)
-    mask = padding_mask(padding, batch, length + 1)
+    mask = padding_mask(padding, batch, length + 1, added)
     held = dataclasses.replace(
         held, position=shift + length, count=torch.tensor(length) if counted else None,
         number=0 if counted else length,

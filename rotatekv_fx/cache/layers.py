@@ -207,7 +207,7 @@ class PackedLayer:
 
     def decodes(self, query: Tensor, mask: Tensor | None) -> bool:
         """Whether `decode` can attend to this layer: one token, and a window whose tokens are all exact."""
-        if query.shape[2] != 1 or not (mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1)):
+        if query.shape[2] != 1 or not (mask is None or mask.shape[1] == 1):
             return False
         coded = self._coded() if self.is_initialized else None
         return coded is None or coded == max(0, self._length_on_host() - self.window)
@@ -232,7 +232,7 @@ class PackedLayer:
             query: [B, Hq, 1, D], after RoPE.
             key, value: [B, Hkv, 1, D] in the form that exact tokens are kept in.
             positions: stored positions [B or 1, 1, 1, 1] of the new token, or none.
-            mask: bool [B or 1, 1, 1, N], or None.
+            mask: bool or floating [B or 1, 1, 1, N], or None.
             key_map, scale, softcap, sink_logits: as the op takes them.
 
         Returns:

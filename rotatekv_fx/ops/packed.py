@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rotatekv_fx.errors import ConfigError
@@ -87,6 +88,8 @@ def _check_decode(
         raise ConfigError(f"{op}: {query.shape[1]} query heads for {key.shape[1]} KV heads; use a multiple.")
     if scoring.mask is not None:
         check_ranks(op, 2, mask=scoring.mask)
+        if not (scoring.mask.dtype is torch.bool or scoring.mask.is_floating_point()):
+            raise ConfigError(f"{op}: the mask is {scoring.mask.dtype}; use torch.bool or a floating dtype.")
 
 
 _DECODE = (
@@ -117,8 +120,9 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
         key_bits, value_bits, key_group, value_group, key_clip, value_clip, scheme: as in op `quantize`.
         window: tokens that are read exactly, the new one included.
         wraps: whether the history is a ring.
-        mask: bool [B or 1, columns], False hides a token; column c is that of token mask_offset + c. None
-            shows all.
+        mask: [B or 1, columns]; bool, where False hides a token; or floating, which is added to the scores,
+            and hides a token where it is at most half the least number of its dtype. Column c is that of
+            token mask_offset + c. None shows all.
         sliding: tokens that the attention sees, the new one included; 0 for all.
         scale: factor of the scores.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.

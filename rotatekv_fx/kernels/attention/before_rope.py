@@ -28,7 +28,7 @@ from torch import Tensor
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention.exact import exact_tokens
 from rotatekv_fx.kernels.attention.history import code_plane, plane_factor
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED
+from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, mask_words, shows
 from rotatekv_fx.kernels.attention.triton import Parts, attend
 from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.programs import cos_sin
@@ -247,7 +247,7 @@ def _score_history(
         if MASKED:
             word_at = number - mask_offset
             known = held & (word_at >= 0) & (word_at < mask_columns)  # columns without a word are hidden
-            seen = seen & (tl.load(mask_ptr + word_at, mask=known, other=0) != 0)
+            seen = seen & shows(mask_words(mask_ptr + word_at, known, MASKED), MASKED)
         if not MIDPOINT:
             shift = -step * shift
         widest = tl.maximum(tl.max(tl.maximum(tl.abs(shift), step * TOP), 1), 1.0e-30)
@@ -311,7 +311,7 @@ def _score_exact(
     STEP: tl.constexpr = 32 if D > 32 else D
     rows, place, source = tl.arange(0, M), tl.arange(0, D), tl.arange(0, STEP)
     inside, real = rows < R, place >= 0
-    number, seen, keys, _, rows_held, slot = exact_tokens(
+    number, seen, _, keys, _, rows_held, slot = exact_tokens(
         batch, tile, newest, earliest, recent_keys, recent_keys, ring, sink_keys, sink_keys, sink_tokens,
         mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
     )  # fmt: skip

@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOG2E, LOWEST, capped, prefetch
+from rotatekv_fx.kernels.attention.scores import (
+    HIDDEN,
+    INTERPRETED,
+    LOG2E,
+    LOWEST,
+    capped,
+    mask_words,
+    prefetch,
+    shows,
+)
 from rotatekv_fx.kernels.quantize.programs import product
 
 
@@ -16,8 +25,8 @@ def exact_tokens(
     mask_ptr, mask_stride, mask_offset, mask_columns,
     SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A tile's tokens [NE]: their numbers, whether they are seen, and where they are: keys, values, rows of a
-    head, and each token's row.
+    """A tile's tokens [NE]: their numbers, whether they are seen, what is added to their scores (in units of
+    log 2), and where they are: keys, values, rows of a head, and each token's row.
     """
     tokens = tl.arange(0, NE)
     SINK_TILES: tl.constexpr = (SINKS + NE - 1) // NE
@@ -34,8 +43,12 @@ def exact_tokens(
     if MASKED:
         column = number - mask_offset
         known = seen & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
-        seen = tl.load(mask_ptr + batch.to(tl.int64) * mask_stride + column, mask=known, other=0) != 0
-    return number, seen, keys, values, rows_held, slot
+        words = mask_words(mask_ptr + batch.to(tl.int64) * mask_stride + column, known, MASKED)
+        seen = shows(words, MASKED)
+    bias = tl.zeros([NE], tl.float32)
+    if MASKED == 2:
+        bias = words.to(tl.float32) * LOG2E
+    return number, seen, bias, keys, values, rows_held, slot
 
 
 @triton.jit
@@ -58,7 +71,7 @@ def attend_exact(
     channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
     inside = rows < R
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    _, seen, keys, values, rows_held, slot = exact_tokens(
+    _, seen, bias, keys, values, rows_held, slot = exact_tokens(
         batch, tile, newest, earliest, recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
         mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
     )  # fmt: skip
@@ -110,7 +123,7 @@ def attend_exact(
                 scores = product(key_words[u], queries[u].to(tl.float32), scores)
         scores = scores * (scale * LOG2E)
     scores = capped(scores, softcap, SOFTCAP)
-    scores = tl.where(seen[:, None], scores, HIDDEN)
+    scores = tl.where(seen[:, None], scores + bias[:, None], HIDDEN)
     highest = tl.maximum(tl.max(scores, 0), LOWEST)
     weights = tl.exp2(scores - highest[None, :])
     part = part * R + rows

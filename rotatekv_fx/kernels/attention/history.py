@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, LOWEST, capped, prefetch
+from rotatekv_fx.kernels.attention.scores import (
+    HIDDEN,
+    INTERPRETED,
+    LOG2E,
+    LOWEST,
+    capped,
+    mask_words,
+    prefetch,
+    shows,
+)
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 
 _CODE_UNIT = tl.constexpr(16777216.0)  # 2^24, the inverse of the fp16 subnormal 1
@@ -112,7 +121,7 @@ def _token_data(
     mask_ptr, mask_offset, mask_columns, capacity,
     KG: tl.constexpr, VG: tl.constexpr, N: tl.constexpr, WRAPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scales and offsets of a tile's tokens, group by group, and whether the mask shows them."""
+    """Scales and offsets of a tile's tokens, group by group, and what the mask says of them."""
     number = n0 + tl.arange(0, N)
     held = (number >= first) & (number < stop)
     slot = number
@@ -132,7 +141,7 @@ def _token_data(
     if MASKED:
         column = number - mask_offset
         known = held & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
-        data = data + (tl.load(mask_ptr + column, mask=known, other=0),)
+        data = data + (mask_words(mask_ptr + column, known, MASKED),)
     return data
 
 
@@ -162,6 +171,8 @@ def attend_history(
     KPLANES: tl.constexpr = 16 // KLOW
     VPLANES: tl.constexpr = 16 // VLOW
     KHIGH: tl.constexpr = 16 if KBITS == 3 else 0
+    # Scores that are made already are hidden already, but have nothing added.
+    READ: tl.constexpr = 0 if KG == 0 and MASKED == 1 else MASKED
     VHIGH: tl.constexpr = 16 if VBITS == 3 else 0
     rows, tokens = tl.arange(0, M), tl.arange(0, N)
     kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
@@ -202,7 +213,7 @@ def attend_history(
         gdc_wait()  # for what `step_kernel` writes: rotated queries, the ring, codes if there is no window
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-        mask_columns, capacity, KG, VG, N, WRAPS, MASKED and KG > 0,
+        mask_columns, capacity, KG, VG, N, WRAPS, READ,
     )  # fmt: skip
     if PAIRS > 0:
         from_cos = tl.load(row_ptr[None, :] + CHANNELS + pair[:, None], mask=inside[None, :], other=0.0)
@@ -276,12 +287,15 @@ def attend_history(
         else:
             seen = (data[0].to(tl.float32) < 0.0) == 0  # and so is its scale
             if MASKED:
-                seen = seen & (data[2 * (KG + VG)] != 0)
+                seen = seen & shows(data[2 * (KG + VG)], MASKED)
         # A token's weight has its largest value scale in it: fp16 holds the product, whatever the scale.
         widest = _shown(data[2 * KG], seen, 1.0, MASKED)
         for g in tl.static_range(1, VG):
             widest = tl.maximum(widest, _shown(data[2 * (KG + g)], seen, 1.0, MASKED))
-        raised = tl.where(seen, _fast_log2(widest), HIDDEN)
+        raised = _fast_log2(widest)
+        if MASKED == 2:
+            raised += data[2 * (KG + VG)].to(tl.float32) * LOG2E
+        raised = tl.where(seen, raised, HIDDEN)
         lowered = _fast_inverse(widest)
         if PAIRS > 0:
             scores = tl.dot(table_cos, by_cos.to(tl.float16), scores)
@@ -321,7 +335,7 @@ def attend_history(
         total = total * fade + _by_residue(weights * lowered[:, None], N, M)
         coming = _token_data(
             n0 + N, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
-            mask_columns, capacity, KG, VG, N, WRAPS, MASKED and KG > 0,
+            mask_columns, capacity, KG, VG, N, WRAPS, READ,
         )  # fmt: skip
         new_accumulators = ()
         new_offsets = ()

@@ -192,10 +192,13 @@ def _weighted(columns: list[tuple[Tensor, Tensor, Tensor, Tensor]], held: Held, 
     if mask is not None:
         at = numbers - scoring.mask_offset
         known = (at >= 0) & (at < mask.shape[-1])
-        shown = mask.expand(batch, -1).gather(1, at.clamp(0, mask.shape[-1] - 1))
+        said = mask.expand(batch, -1).gather(1, at.clamp(0, mask.shape[-1] - 1))
+        shown = said if mask.dtype is torch.bool else said > torch.finfo(mask.dtype).min / 2
         visible = visible & known & shown
     if scoring.softcap != 0.0:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if mask is not None and mask.dtype is not torch.bool:
+        scores = scores + said.float()[:, None, None]
     scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     if scoring.sink_logits is not None:
         extra = scoring.sink_logits.float().reshape(1, heads, repeats, 1).expand(batch, -1, -1, -1)

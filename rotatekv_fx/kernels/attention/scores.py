@@ -1,4 +1,4 @@
-"""What the parts of decode attention share: hidden scores and soft-caps."""
+"""What the parts of decode attention share: hidden scores, masks and soft-caps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,29 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e30)  # score of a hidden token
 LOWEST = tl.constexpr(-5.0e29)  # where the running maximum starts: hidden tokens weigh 2^-5e29 = 0
+
+
+@triton.jit
+def mask_words(mask_ptr, known, MASKED: tl.constexpr):
+    """What a mask says: bytes (MASKED is 1) or what to add to a score (2); tokens that it does not know are
+    hidden.
+    """
+    if MASKED == 2:
+        words = tl.load(mask_ptr, mask=known, other=-float("inf"))
+    else:
+        words = tl.load(mask_ptr, mask=known, other=0)
+    return words
+
+
+@triton.jit
+def shows(words, MASKED: tl.constexpr):
+    """Whether tokens are seen: more than half the least number of the dtype is added to their scores."""
+    if MASKED == 2:
+        half: tl.constexpr = -32752.0 if words.dtype == tl.float16 else -1.7e38
+        seen = words.to(tl.float32) > half
+    else:
+        seen = words != 0
+    return seen
 
 
 @triton.jit

@@ -193,7 +193,8 @@ class Parts:
     Attributes:
         counter, position: of the new token, and the way from one sequence's position to the next one's.
         recent, sinks: exact tokens, of the same dtype.
-        shown: the mask as bytes, and the way from one sequence's row to the next one's.
+        shown: the mask, and the way from one sequence's row to the next one's.
+        masked: whether it is one of bytes (1) or is added to scores (2), or there is none (0).
         sink_count, exact_tile, exact_tiles: how many sinks, and how exact tokens are cut into tiles.
     """
 
@@ -205,7 +206,7 @@ class Parts:
     shown: Tensor
     shown_stride: int
     shown_columns: int
-    masked: bool
+    masked: int
     sink_count: int
     exact_tile: int
     exact_tiles: int
@@ -216,7 +217,9 @@ class Parts:
         position = held.position.contiguous()
         sinks = tuple(held.sinks)
         recent = tuple(held.recent) or sinks[:2] or (key, value)
-        shown = position if mask is None else mask.contiguous().view(torch.int8)
+        shown = position if mask is None else mask.contiguous()
+        kind = 0 if mask is None else 1 if mask.dtype is torch.bool else 2
+        shown = shown.view(torch.int8) if kind == 1 else shown
         count = sinks[2].shape[1] if sinks else 0
         return cls(
             position if held.count is None else held.count,
@@ -227,7 +230,7 @@ class Parts:
             shown,
             0 if mask is None or mask.shape[0] == 1 else shown.stride(0),
             0 if mask is None else mask.shape[1],
-            mask is not None,
+            kind,
             count,
             exact_tile,
             triton.cdiv(count, exact_tile) + triton.cdiv(held.window, exact_tile),
