@@ -10,7 +10,7 @@ import torch
 TABLE_TOKENS = 64  # rows of the position table: the longest tile
 SCORE_TILE = 64  # tokens of a tile of keys stored before RoPE: a tensor-core step of four warps
 SCORE_RESIDENT = 48 << 10  # bytes of shared memory that a program may keep beside what it needs at once
-_TURN_COLUMNS = 16  # channels of a leaving key that a program of `decode_kernel` transforms
+_TURN_COLUMNS = 16  # of a leaving key, for a program after the others; before them, twice as many
 _SCORE_BEGINS = 3  # tiles' time that a program spends before its first
 
 

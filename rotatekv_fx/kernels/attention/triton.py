@@ -260,8 +260,8 @@ def attend(
     rotated: Tensor,
     scored: bool = False,
 ) -> Tensor:
-    """The last two launches: attend to the layer, combine, and, but where `scored`, quantize what leaves the
-    window next.
+    """The last two launches: attend to the layer, combine, and quantize what leaves the window next, but not
+    where `scored` or with a window of one or none.
 
     Args:
         rotated: fp32 [B, Hq, C + 2P] queries, rotated and scaled; or, where `scored`, [B, Hq, N + exact]

@@ -1,5 +1,5 @@
-"""One launch for what surrounds decode attention: rotate the query, quantize the tokens that leave the
-window, and store the new ones; or, over a prompt, quantize many tokens.
+"""One launch ahead of decode attention: rotate the query, store the new token, and quantize a token unless a
+later launch does; or, over a prompt, quantize many tokens.
 
 A program has one role: by its number it serves the query, the keys, the values, or the ring of recent tokens.
 Rows of a tile are sequences in decode, and tokens in a prompt.
