@@ -306,31 +306,35 @@ def measure(shape: Shape, recipe: Recipe) -> dict[str, object]:
     return row
 
 
+def report_of(recipe: str) -> dict[str, object]:
+    """What a report begins with, once it is sure that the recipe is known and that there is a GPU."""
+    if recipe not in RECIPES:
+        raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU found: the kernels are measured on one.")
+    return {
+        "gpu": torch.cuda.get_device_properties(0).name,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "recipe": recipe,
+        "settings": RECIPES[recipe].settings,
+    }
+
+
 def main(
     out: Annotated[Path, typer.Option(help="folder that receives decode_RECIPE.json")],
     recipe: Annotated[str, typer.Option(help=" or ".join(RECIPES))] = "centered",
 ) -> None:
     """Measure all shapes of a recipe, each once, and write decode_RECIPE.json after each."""
-    if recipe not in RECIPES:
-        raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU found: the kernels are timed on one.")
+    report = report_of(recipe)
+    report |= {"cudnn": torch.backends.cudnn.version(), "flashinfer_not_measured": without_flashinfer()}
+    rows = report["rows"] = []
     out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "gpu": torch.cuda.get_device_properties(0).name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "flashinfer_not_measured": without_flashinfer(),
-        "recipe": recipe,
-        "settings": RECIPES[recipe].settings,
-        "rows": [],
-    }
     measured: dict[Shape, dict[str, object]] = {}
     for name, shapes in RECIPES[recipe].sweeps.items():
         for shape in shapes:
             row = measured[shape] = measured.get(shape) or measure(shape, RECIPES[recipe])
-            report["rows"].append({"sweep": name, **row})
+            rows.append({"sweep": name, **row})
             (out / f"decode_{recipe}.json").write_text(json.dumps(report, indent=1) + "\n")
             print(
                 f"{name:10} B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context}: "

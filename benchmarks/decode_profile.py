@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import triton
 import typer
 
-from benchmarks.decode import LARGE, RECIPES
+from benchmarks.decode import LARGE, RECIPES, report_of
 
 KERNELS = ("step_kernel", "score_kernel", "decode_kernel", "finish_kernel")
 PIPES = ("alu", "fma", "fp64", "lsu", "tensor", "uniform", "xu")
@@ -95,24 +94,14 @@ def main(
     recipe: Annotated[str, typer.Option(help=" or ".join(RECIPES))] = "centered",
 ) -> None:
     """Read the counters at a recipe's largest shapes and write profile_RECIPE.json after each."""
-    if recipe not in RECIPES:
-        raise typer.BadParameter(f"{recipe!r} is not measured here; use {' or '.join(RECIPES)}.")
+    report = report_of(recipe)
+    rows = report["rows"] = []
     if shutil.which("ncu") is None:
         raise SystemExit("no ncu found: install Nsight Compute, which comes with the CUDA toolkit.")
-    if not torch.cuda.is_available():
-        raise SystemExit("no GPU found: the kernels are measured on one.")
     out.mkdir(parents=True, exist_ok=True)
-    report = {
-        "gpu": torch.cuda.get_device_properties(0).name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "recipe": recipe,
-        "settings": RECIPES[recipe].settings,
-        "rows": [],
-    }
     for index, shape in enumerate(LARGE):
         for kernel in profiled(recipe, index):
-            report["rows"].append({**dataclasses.asdict(shape), **kernel})
+            rows.append({**dataclasses.asdict(shape), **kernel})
             stalls = {k: v for k, v in kernel.items() if k.startswith("stall_")}
             print(
                 f"B{shape.batch} {shape.query_heads}/{shape.heads} {shape.context} {kernel['kernel']}: "

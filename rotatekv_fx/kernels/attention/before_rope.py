@@ -245,9 +245,8 @@ def _score_history(
             n0 + N, tokens, first, stop, key_scale, key_offset, of_group, real_group, capacity, WRAPS
         )
         if MASKED:
-            word_at = number - mask_offset
-            known = held & (word_at >= 0) & (word_at < mask_columns)  # columns without a word are hidden
-            seen = seen & shows(mask_words(mask_ptr + word_at, known, MASKED), MASKED)
+            said = mask_words(mask_ptr, number, held, mask_offset, mask_columns, MASKED)
+            seen = seen & shows(said, MASKED)
         if not MIDPOINT:
             shift = -step * shift
         widest = tl.maximum(tl.max(tl.maximum(tl.abs(shift), step * TOP), 1), 1.0e-30)

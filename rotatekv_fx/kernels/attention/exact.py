@@ -41,9 +41,8 @@ def exact_tokens(
             seen = (number >= earliest) & (number >= 0) & (number <= newest - WINDOW)
             keys, values, rows_held, slot = sink_keys, sink_values, SINKS, index
     if MASKED:
-        column = number - mask_offset
-        known = seen & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
-        words = mask_words(mask_ptr + batch.to(tl.int64) * mask_stride + column, known, MASKED)
+        mask_ptr += batch.to(tl.int64) * mask_stride
+        words = mask_words(mask_ptr, number, seen, mask_offset, mask_columns, MASKED)
         seen = shows(words, MASKED)
     bias = tl.zeros([NE], tl.float32)
     if MASKED == 2:

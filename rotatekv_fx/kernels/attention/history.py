@@ -139,9 +139,7 @@ def _token_data(
         base = (value_offset + g * tl.cast(capacity, tl.int64)) + slot
         data = data + (tl.load(base, mask=held, other=0),)
     if MASKED:
-        column = number - mask_offset
-        known = held & (column >= 0) & (column < mask_columns)  # columns without a word are hidden
-        data = data + (mask_words(mask_ptr + column, known, MASKED),)
+        data = data + (mask_words(mask_ptr, number, held, mask_offset, mask_columns, MASKED),)
     return data
 
 

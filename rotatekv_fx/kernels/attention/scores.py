@@ -12,10 +12,13 @@ LOWEST = tl.constexpr(-5.0e29)  # where the running maximum starts: hidden token
 
 
 @triton.jit
-def mask_words(mask_ptr, known, MASKED: tl.constexpr):
-    """What a mask says: bytes (MASKED is 1) or what to add to a score (2); tokens that it does not know are
-    hidden.
+def mask_words(mask_ptr, number, held, mask_offset, mask_columns, MASKED: tl.constexpr):
+    """What a sequence's row of a mask says of tokens: bytes (MASKED is 1), or what to add to scores (2).
+    Tokens that are not held, and those without a column, are hidden.
     """
+    column = number - mask_offset
+    known = held & (column >= 0) & (column < mask_columns)
+    mask_ptr += column
     if MASKED == 2:
         words = tl.load(mask_ptr, mask=known, other=-float("inf"))
     else:

@@ -217,9 +217,11 @@ class Parts:
         position = held.position.contiguous()
         sinks = tuple(held.sinks)
         recent = tuple(held.recent) or sinks[:2] or (key, value)
-        shown = position if mask is None else mask.contiguous()
-        kind = 0 if mask is None else 1 if mask.dtype is torch.bool else 2
-        shown = shown.view(torch.int8) if kind == 1 else shown
+        shown, masked = position, 0
+        if mask is not None:
+            shown, masked = mask.contiguous(), 2
+            if mask.dtype is torch.bool:
+                shown, masked = shown.view(torch.int8), 1
         count = sinks[2].shape[1] if sinks else 0
         return cls(
             position if held.count is None else held.count,
@@ -230,7 +232,7 @@ class Parts:
             shown,
             0 if mask is None or mask.shape[0] == 1 else shown.stride(0),
             0 if mask is None else mask.shape[1],
-            kind,
+            masked,
             count,
             exact_tile,
             triton.cdiv(count, exact_tile) + triton.cdiv(held.window, exact_tile),
