@@ -47,6 +47,11 @@ def row_block(rows: int, few: int) -> int:
     return 16 if rows < 1024 else 64
 
 
+def query_columns(rows: int) -> int:
+    """Columns of a query's matrix that a program of `step_kernel` multiplies so many rows by."""
+    return 32 if rows <= 4 else 64
+
+
 def step_warps(rows: int, quantizes: bool) -> int:
     """Warps of a program of `step_kernel`, which quantizes so many rows or only rotates queries."""
     return 8 if quantizes and rows == 1 else 4

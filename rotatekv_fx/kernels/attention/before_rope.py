@@ -418,4 +418,4 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
         PAIRED=held.key_map[6].shape[1] == dim, RESIDENT=resident, num_warps=4,
     )  # fmt: skip
-    return attend(query, value, held, scoring, parts, scores, scored=True)
+    return attend(query, key, value, held, scoring, parts, scores, scored=True)

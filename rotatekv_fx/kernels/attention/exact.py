@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from rotatekv_fx.kernels.attention.scores import (
     HIDDEN,
@@ -13,10 +12,9 @@ from rotatekv_fx.kernels.attention.scores import (
     LOWEST,
     capped,
     mask_words,
-    prefetch,
     shows,
 )
-from rotatekv_fx.kernels.quantize.programs import product
+from rotatekv_fx.kernels.quantize.programs import as_stored, product
 
 
 @triton.jit
@@ -51,55 +49,63 @@ def exact_tokens(
 
 
 @triton.jit
+def _exact_rows(
+    held_ptr, slot, new_ptr, is_new, seen, D: tl.constexpr, DP: tl.constexpr, NEW: tl.constexpr
+):  # fmt: skip
+    """Rows [NE, DP] of one head at its slots; or where NEW, of the new token where it is."""
+    channel = tl.arange(0, DP)
+    keep = seen[:, None] & (channel < D)[None, :]
+    at = held_ptr + slot[:, None] * D
+    if not NEW:
+        x = tl.load(at + channel[None, :], mask=keep, other=0.0)
+    elif held_ptr.dtype == new_ptr.dtype:
+        x = tl.load(tl.where(is_new[:, None], new_ptr, at) + channel[None, :], mask=keep, other=0.0)
+        x = as_stored(x, x.dtype)
+    else:
+        x = tl.load(at + channel[None, :], mask=keep & (is_new == 0)[:, None], other=0.0)
+        new = tl.load(new_ptr + channel, mask=channel < D, other=0.0)
+        x = tl.where(is_new[:, None], as_stored(new, x.dtype)[None, :], x)
+    return x
+
+
+@triton.jit
 def attend_exact(
     batch, unit, tile, part, newest, earliest,
-    query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+    query_ptr, new_keys, new_values, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
     scale, softcap, units, ring, score_ptr, columns, out_ptr, weight_ptr,
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     SINKS: tl.constexpr, WINDOW: tl.constexpr, NE: tl.constexpr, EXACT: tl.constexpr, SCORED: tl.constexpr,
-    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Weights and values of one tile of sinks that left the window, or of the window's tokens.
 
-    Where a query row has `columns` of scores at `score_ptr`, those of these tokens are the last. What
-    `step_kernel` writes, the new token among them, is waited for where the launch is DEPENDENT on it.
+    The new token's key and value come from where they were made, so that nothing is waited for. But where
+    the tokens are SCORED, a query row has `columns` of scores at `score_ptr`, the last of them of these
+    tokens, and values come from the ring.
     """
+    NEW: tl.constexpr = WINDOW > 0 and not SCORED
     rows = tl.arange(0, M)
     channel, value_channel = tl.arange(0, DP), tl.arange(0, DVP)
     inside = rows < R
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    _, seen, bias, keys, values, rows_held, slot = exact_tokens(
+    number, seen, bias, keys, values, rows_held, slot = exact_tokens(
         batch, tile, newest, earliest, recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
         mask_ptr, mask_stride, mask_offset, mask_columns, SINKS, WINDOW, NE, MASKED,
     )  # fmt: skip
-    if DEPENDENT:
-        line, at = tl.arange(0, 4), tl.where(seen, slot, 0)[:, None]
-        for u in tl.static_range(U):
-            head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
-            prefetch(keys + head * D + at * D + line[None, :] * (D // 4))
-            prefetch(values + head * DV + at * DV + line[None, :] * (DV // 4))
-        gdc_wait()
+    is_new = (number == newest) & NEW
     key_words = ()
     value_words = ()
     queries = ()
     for u in tl.static_range(U):
-        head = ((batch * units + unit) * U + u).to(tl.int64) * rows_held
+        at = ((batch * units + unit) * U + u).to(tl.int64)
         own = inside & (rows // REPEATS == u)
         if not SCORED:
-            key_words = key_words + (
-                tl.load(
-                    keys + head * D + slot[:, None] * D + channel[None, :],
-                    mask=seen[:, None] & (channel < D)[None, :], other=0.0,
-                ),
-            )  # fmt: skip
-        value_words = value_words + (
-            tl.load(
-                values + head * DV + slot[None, :] * DV + value_channel[:, None],
-                mask=seen[None, :] & (value_channel < DV)[:, None], other=0.0,
-            ),
-        )  # fmt: skip
+            x = _exact_rows(keys + at * rows_held * D, slot, new_keys + at * D, is_new, seen, D, DP, NEW)
+            key_words = key_words + (x,)
+        x = _exact_rows(values + at * rows_held * DV, slot, new_values + at * DV, is_new, seen, DV, DVP, NEW)
+        value_words = value_words + (tl.trans(x),)
         if not SCORED:
             queries = queries + (
                 tl.load(

@@ -155,6 +155,7 @@ def attend_history(
     KWP: tl.constexpr, VWP: tl.constexpr,
     PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
     WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Weights and values of one share of the history.
 
@@ -208,16 +209,19 @@ def attend_history(
             ahead = tl.minimum(start + tl.arange(0, 2 * N), capacity - 1)
             prefetch(key_codes + ahead.to(tl.int64) * KWORDS)
             prefetch(value_codes + ahead.to(tl.int64) * VWORDS)
-        gdc_wait()  # for what `step_kernel` writes: rotated queries, the ring, codes if there is no window
+        if not EARLY:
+            gdc_wait()  # `step_kernel` writes codes too
     coming = _token_data(
         start, first, stop, key_scale, key_offset, value_scale, value_offset, mask_ptr, mask_offset,
         mask_columns, capacity, KG, VG, N, WRAPS, READ,
     )  # fmt: skip
+    if DEPENDENT and EARLY:
+        gdc_wait()
+    # Volatile loads are issued in this order, before the first is waited for; others need not be.
     if PAIRS > 0:
-        from_cos = tl.load(row_ptr[None, :] + CHANNELS + pair[:, None], mask=inside[None, :], other=0.0)
-        from_sin = tl.load(
-            row_ptr[None, :] + CHANNELS + PAIRS + pair[:, None], mask=inside[None, :], other=0.0
-        )
+        waves = row_ptr[None, :] + CHANNELS + pair[:, None]
+        from_cos = tl.load(waves, mask=inside[None, :], other=0.0, volatile=True)
+        from_sin = tl.load(waves + PAIRS, mask=inside[None, :], other=0.0, volatile=True)
     planes = ()
     keep = (kword < KW)[:, None] & inside[None, :]
     keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
@@ -225,10 +229,12 @@ def attend_history(
         of_group = row_ptr[None, :] + g * KGROUP
         for plane in tl.static_range(KPLANES):
             channel = plane_channels(kword, plane, KLOW, KGROUP)
-            planes = planes + (tl.load(of_group + channel[:, None], mask=keep, other=0.0),)
+            x = tl.load(of_group + channel[:, None], mask=keep, other=0.0, volatile=True)
+            planes = planes + (x,)
         for plane in tl.static_range(KHIGH):
             channel = plane_channels(bword, plane, 1, KGROUP)
-            planes = planes + (tl.load(of_group + channel[:, None], mask=keep_high, other=0.0),)
+            x = tl.load(of_group + channel[:, None], mask=keep_high, other=0.0, volatile=True)
+            planes = planes + (x,)
 
     tl.debug_barrier()  # so that all loads are under way before the first is waited for
 

@@ -33,7 +33,8 @@ from rotatekv_fx.kernels.quantize.triton import launch_step, plane_width, quanti
 
 @triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride", "parts", "sequences"])
 def decode_kernel(
-    count_ptr, number, query_ptr, rotated_ptr, key_matrix, key_mean, turned_ptr, sequences,
+    count_ptr, number, query_ptr, new_keys, new_values, rotated_ptr,
+    key_matrix, key_mean, turned_ptr, sequences,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
     mask_ptr, mask_stride, mask_offset, mask_columns,
@@ -84,15 +85,15 @@ def decode_kernel(
             mask_ptr, mask_stride, mask_offset, mask_columns,
             position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
             R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP,
-            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT,
+            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT, WINDOW > 1,
         )  # fmt: skip
     elif (split >= 0) & (split < parts):
         attend_exact(
             batch, unit, split - splits, part, newest, earliest,
-            query_ptr, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
+            query_ptr, new_keys, new_values, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
             mask_ptr, mask_stride, mask_offset, mask_columns,
             scale, softcap, units, ring, rotated_ptr, columns, out_ptr, weight_ptr,
-            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP, DEPENDENT,
+            R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP,
         )  # fmt: skip
     elif ROWS > 0:
         blocks = tl.cdiv(sequences, ROWS)
@@ -107,20 +108,22 @@ def decode_kernel(
 
 @triton.jit
 def _combine(
-    row, first_channel, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
-    DV: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+    row, first_channel, part_ptr, weight_ptr, sink_logits, out_ptr, parts,
+    R: tl.constexpr, DV: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some channels of one query row, of parts [parts, DV]. A sink logit (one a query head) joins the
     denominator.
     """
-    first = ((row // rows).to(tl.int64) * parts) * rows + row % rows
+    first = (row // R).to(tl.int64) * parts * R + row % R
+    part_ptr += first * DV
+    weight_ptr += first * 2
     channel, block = first_channel + tl.arange(0, COLUMNS), tl.arange(0, BLOCK)
     top, total = tl.full([], LOWEST, tl.float32), tl.full([], 0.0, tl.float32)
     if HAS_LOGITS:
         top, total = tl.load(sink_logits + row % HAS_LOGITS).to(tl.float32) * LOG2E, total + 1.0
     result = tl.zeros([COLUMNS], tl.float32)
     for p0 in range(0, parts, BLOCK):
-        at = first + (p0 + block) * rows
+        at = (p0 + block) * R
         inside = p0 + block < parts
         values = tl.load(
             part_ptr + at[:, None] * DV + channel[None, :],
@@ -143,12 +146,12 @@ def _combine(
 
 @triton.jit(do_not_specialize=["number", "parts", "sequences", "code_programs"])
 def finish_kernel(
-    count_ptr, number, code_programs, part_ptr, weight_ptr, sink_logits, out_ptr, parts, rows,
+    count_ptr, number, code_programs, part_ptr, weight_ptr, sink_logits, out_ptr, parts,
     turned_ptr, sequences, ring_values, ring, sink_tokens,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
-    COUNTED: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+    COUNTED: tl.constexpr, R: tl.constexpr, HAS_LOGITS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
@@ -156,7 +159,7 @@ def finish_kernel(
     WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid: where there are ROWS, programs that quantize so many sequences' tokens that leave the window
-    next, from transformed keys and the ring's values; then B * units * rows times DV / COLUMNS programs that
+    next, from transformed keys and the ring's values; then B * units * R times DV / COLUMNS programs that
     combine.
     """
     program = tl.program_id(0)
@@ -182,7 +185,7 @@ def finish_kernel(
         tiles: tl.constexpr = (DV + COLUMNS - 1) // COLUMNS
         _combine(
             program // tiles, program % tiles * COLUMNS, part_ptr, weight_ptr, sink_logits, out_ptr, parts,
-            rows, DV, HAS_LOGITS, BLOCK, COLUMNS,
+            R, DV, HAS_LOGITS, BLOCK, COLUMNS,
         )  # fmt: skip
 
 
@@ -250,11 +253,12 @@ def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scori
         scoring.scale * math.log2(math.e), tuning.dependent_launch(query.device),
     )  # fmt: skip
     parts = Parts.of(key, value, held, scoring.mask, 32 if held.unit_heads(key) == 1 and dim <= 128 else 16)
-    return attend(query, value, held, scoring, parts, rotated)
+    return attend(query, key, value, held, scoring, parts, rotated)
 
 
 def attend(
     query: Tensor,
+    key: Tensor,
     value: Tensor,
     held: Held,
     scoring: Scoring,
@@ -308,7 +312,7 @@ def attend(
         "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "DEPENDENT": dependent,
     }  # fmt: skip
     decode_kernel[(batch * units, count_parts + triton.cdiv(turn_programs, batch))](
-        parts.counter, held.number, query, rotated, held.key_map[0], held.key_map[1],
+        parts.counter, held.number, query, key, value, rotated, held.key_map[0], held.key_map[1],
         turned, batch,
         history[0].view(torch.int16), history[1], history[2],
         history[3].view(torch.int16), history[4], history[5], held.capacity,
@@ -329,10 +333,10 @@ def attend(
     block, columns = tuning.combine_block(count_parts, value_dim)
     finish_kernel[(code_programs + batch * query_heads * triton.cdiv(value_dim, columns),)](
         parts.counter, held.number, code_programs, out_parts, weights,
-        weights if logits is None else logits, out, count_parts, rows,
+        weights if logits is None else logits, out, count_parts,
         turned, batch, parts.recent[1], parts.recent[1].shape[2], parts.sinks[2],
         *history, held.capacity, held.key_clip, held.value_clip, units,
-        HAS_LOGITS=0 if logits is None else query_heads, BLOCK=block, COLUMNS=columns, ROWS=code_rows,
+        R=rows, HAS_LOGITS=0 if logits is None else query_heads, BLOCK=block, COLUMNS=columns, ROWS=code_rows,
         KBYTES=history[0].shape[3], VBYTES=history[3].shape[3],
         KWIDTH=plane_width(held.key_group, held.key_bits),
         VWIDTH=plane_width(held.value_group, held.value_bits),

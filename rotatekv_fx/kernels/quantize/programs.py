@@ -49,6 +49,16 @@ def _half_scale(scale):
 
 
 @triton.jit
+def as_stored(x, kind: tl.constexpr):
+    """Exact numbers as a ring of this dtype holds them."""
+    if kind == tl.float16:
+        if x.dtype != tl.float16:
+            x = x.to(tl.float32)
+        x = tl.minimum(tl.maximum(x, -_HALF_MAX), _HALF_MAX)
+    return x.to(kind)
+
+
+@triton.jit
 def _grid(y, real, BITS: tl.constexpr, clip, MIDPOINT: tl.constexpr):
     """Scale, offset and flatness [rows, 1] of a group y, fp32 [rows, channels] (formulas: op `quantize`)."""
     TOP: tl.constexpr = (1 << BITS) - 1

@@ -17,9 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.programs import product, quantize_program
-
-_HALF_MAX = tl.constexpr(65504.0)
+from rotatekv_fx.kernels.quantize.programs import as_stored, product, quantize_program
 
 
 @triton.jit
@@ -32,49 +30,33 @@ def _wait_and_pass_on(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def _rotate_query(
-    head, block, part, rows_total, repeats, kv_heads, query_ptr, matrix_ptr, rotated_ptr, factor,
-    D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    head, block, part, rows_total, kv_heads, query_ptr, matrix_ptr, rotated_ptr, factor,
+    REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Query rows of one KV head times its matrix [D, WIDTH], in fp32."""
     source, column = tl.arange(0, DP), part * COLUMNS + tl.arange(0, COLUMNS)
+    row = block * ROWS + tl.arange(0, ROWS)
+    query_row = (row // REPEATS * kv_heads + head) * REPEATS + row % REPEATS
+    inside, wide = (row < rows_total)[:, None], (column < WIDTH)[None, :]
     matrix = tl.load(
-        matrix_ptr + (head * D + source)[:, None].to(tl.int64) * WIDTH + column[None, :],
-        mask=(source < D)[:, None] & (column < WIDTH)[None, :], other=0.0,
+        matrix_ptr + (head * D + source)[None, :, None].to(tl.int64) * WIDTH + column[None, None, :],
+        mask=(source < D)[None, :, None] & wide[None, :, :], other=0.0,
     )  # fmt: skip
     _wait_and_pass_on(DEPENDENT)  # the matrix is no kernel's result
+    tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
+    x = tl.load(
+        query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
+        mask=inside & (source < D)[None, :], other=0.0,
+    )  # fmt: skip
     if ROWS <= 4:
-        tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
-        queries = ()
-        for i in tl.static_range(ROWS):
-            row = block * ROWS + i
-            query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
-            x = tl.load(
-                query_ptr + tl.cast(query_row, tl.int64) * D + source,
-                mask=(source < D) & (source * 0 + row < rows_total), other=0.0,
-            )  # fmt: skip
-            queries = queries + (x,)
-        for i in tl.static_range(ROWS):
-            row = block * ROWS + i
-            query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
-            y = tl.sum(queries[i].to(tl.float32)[:, None] * matrix, 0) * factor
-            tl.store(
-                rotated_ptr + tl.cast(query_row, tl.int64) * WIDTH + column, y,
-                mask=(column < WIDTH) & (column * 0 + row < rows_total),
-            )  # fmt: skip
+        y = tl.sum(x.to(tl.float32)[:, :, None] * matrix, 1)
     else:
-        row = block * ROWS + tl.arange(0, ROWS)
-        inside = row < rows_total
-        query_row = (row // repeats) * (kv_heads * repeats) + head * repeats + row % repeats
-        x = tl.load(
-            query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
-            mask=inside[:, None] & (source < D)[None, :], other=0.0,
-        )  # fmt: skip
-        y = product(x, matrix, tl.zeros([ROWS, COLUMNS], tl.float32)) * factor
-        tl.store(
-            rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y,
-            mask=inside[:, None] & (column < WIDTH)[None, :],
-        )  # fmt: skip
+        y = product(x, tl.reshape(matrix, [DP, COLUMNS]), tl.zeros([ROWS, COLUMNS], tl.float32))
+    tl.store(
+        rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y * factor,
+        mask=inside & wide,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -90,33 +72,31 @@ def _store_recent(
         inside = (token < new_tokens)[:, None]
         source = (at * new_tokens + token)[:, None]
         target = (at * ring + (start + token) % ring)[:, None]
-        x = tl.load(
-            new_keys + source * D + channel[None, :], mask=inside & (channel < D)[None, :], other=0.0
-        ).to(tl.float32)
+        x = tl.load(new_keys + source * D + channel[None, :], mask=inside & (channel < D)[None, :], other=0.0)
         y = tl.load(
             new_values + source * DV + channel[None, :], mask=inside & (channel < DV)[None, :], other=0.0
-        ).to(tl.float32)
-        if ring_keys.dtype.element_ty == tl.float16:
-            x = tl.minimum(tl.maximum(x, -_HALF_MAX), _HALF_MAX)
-            y = tl.minimum(tl.maximum(y, -_HALF_MAX), _HALF_MAX)
-        kind = ring_keys.dtype.element_ty
-        tl.store(ring_keys + target * D + channel[None, :], x.to(kind), mask=inside & (channel < D)[None, :])
-        tl.store(
-            ring_values + target * DV + channel[None, :], y.to(kind), mask=inside & (channel < DV)[None, :]
         )
+        tl.store(
+            ring_keys + target * D + channel[None, :], as_stored(x, ring_keys.dtype.element_ty),
+            mask=inside & (channel < D)[None, :],
+        )  # fmt: skip
+        tl.store(
+            ring_values + target * DV + channel[None, :], as_stored(y, ring_values.dtype.element_ty),
+            mask=inside & (channel < DV)[None, :],
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["number", "tokens", "rows_total", "new_tokens", "ring_tokens"])
 def step_kernel(
     count_ptr, number, ring_tokens, quantize_programs, query_programs, query_blocks,
-    query_ptr, query_matrix, rotated_ptr, factor, repeats, kv_heads,
+    query_ptr, query_matrix, rotated_ptr, factor, kv_heads,
     key_programs, row_blocks, tokens, rows_total, new_tokens,
     new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
     key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
-    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, QWIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-    QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, REPEATS: tl.constexpr, QWIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
@@ -148,8 +128,8 @@ def step_kernel(
         parts: tl.constexpr = (QWIDTH + COLUMNS - 1) // COLUMNS
         part, rest = program % parts, program // parts
         _rotate_query(
-            rest // query_blocks, rest % query_blocks, part, rows_total // tokens * repeats, repeats,
-            kv_heads, query_ptr, query_matrix, rotated_ptr, factor, D, DP, QWIDTH, QROWS, COLUMNS, DEPENDENT,
+            rest // query_blocks, rest % query_blocks, part, rows_total // tokens * REPEATS, kv_heads,
+            query_ptr, query_matrix, rotated_ptr, factor, REPEATS, D, DP, QWIDTH, QROWS, COLUMNS, DEPENDENT,
         )  # fmt: skip
     elif program >= 0:
         _wait_and_pass_on(DEPENDENT)
@@ -243,16 +223,16 @@ def launch_step(
     repeats = 1 if query is None else query.shape[1] // heads
     query_rows = tuning.row_block(batch * repeats, 4)
     query_blocks = triton.cdiv(batch * repeats, query_rows)
-    width, columns = query_matrix.shape[-1], 32 if query_rows <= 4 else 64
+    width, columns = query_matrix.shape[-1], tuning.query_columns(query_rows)
     query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
     programs = quantize_programs + query_programs + (batch * heads if ring_tokens else 0)
     step_kernel[(programs,)](
         held.position if held.count is None else held.count, held.number, ring_tokens, quantize_programs,
         query_programs, query_blocks, key if query is None else query, query_matrix,
-        query_matrix if rotated is None else rotated, factor, repeats, heads, *codes.arguments,
-        COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, QWIDTH=width, COLUMNS=columns,
-        QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent, **codes.constants,
-        num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
+        query_matrix if rotated is None else rotated, factor, heads, *codes.arguments,
+        COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, REPEATS=repeats, QWIDTH=width,
+        COLUMNS=columns, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent,
+        **codes.constants, num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
         **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
