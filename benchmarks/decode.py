@@ -27,6 +27,7 @@ import typer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rotatekv_fx.cache.before_rope import in_places
+from rotatekv_fx.cache.keymap import reach_of
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.attention.before_rope import decode_before_rope
@@ -83,7 +84,7 @@ def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
     steps = torch.arange(tuning.TABLE_TOKENS).double()[:, None] * angles
     key_map = [
         matrix, mean, rotation, angles.to(device),
-        torch.cat([steps.cos(), steps.sin()], -1).half().to(device),
+        torch.cat([steps.cos(), steps.sin()], -1).half().to(device), reach_of(rotation, unit * d),
     ]  # fmt: skip
     query = randn(b, shape.query_heads, 1, d).bfloat16()
     key, value = randn(b, h, 1, d).bfloat16(), randn(b, h, 1, d).bfloat16()

@@ -178,8 +178,8 @@ def test_opcheck(changes):
 
 def test_a_key_map_of_the_other_op_is_refused():
     arguments = small()
-    arguments[3] = dataclasses.replace(arguments[3], key_map=arguments[3].key_map[:5])
-    with pytest.raises(ConfigError, match="decode_before_rope: key_map has 5 tensors; use 7"):
+    arguments[3] = dataclasses.replace(arguments[3], key_map=arguments[3].key_map[:6])
+    with pytest.raises(ConfigError, match="decode_before_rope: key_map has 6 tensors; use 7"):
         rotatekv.decode_before_rope(*flat(arguments))
 
 

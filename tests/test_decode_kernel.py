@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from rotatekv_fx.cache.keymap import reach_of
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
@@ -131,7 +132,7 @@ def build(
     steps = torch.arange(TABLE_TOKENS, dtype=torch.float64)[:, None] * angles
     key_map = [
         matrix, flat @ matrix, rotation, angles,
-        torch.cat([steps.cos(), steps.sin()], -1).half(),
+        torch.cat([steps.cos(), steps.sin()], -1).half(), reach_of(rotation, channels),
     ]  # fmt: skip
     ring = window + slack if window else 0
     keys, values, history, recent, store = empty_layer(

@@ -113,7 +113,7 @@ def test_tokens_one_by_one_give_the_buffers_of_one_prompt(window):
 REFUSED = {
     "two tokens": ({1: torch.zeros(1, 2, 2, 32), 2: torch.zeros(1, 2, 2, 32)}, {}, "give one new token"),
     "history": ({}, {"history": []}, "history has 0 tensors; use 6"),
-    "key map": ({}, {"key_map": []}, "key_map has 0 tensors; use 5"),
+    "key map": ({}, {"key_map": []}, "key_map has 0 tensors; use 6"),
     "bits": ({}, {"key_bits": 5}, "bits is 5"),
     "group": ({}, {"key_group": 24}, "group 24 does not divide 64 channels"),
     "window as long as the ring": ({}, {"window": 10}, "the ring has 10 slots for a window of 10"),

@@ -16,7 +16,7 @@ from rotatekv_fx.cache.positions import PositionPlan
 from rotatekv_fx.recipes.base import ChannelTransform, LayerPlan, LayerShape, Quantizer
 from rotatekv_fx.rope import Rope
 
-NAMES = ("key_map_matrix", "key_map_mean", "key_map_rotation", "key_map_angles", "key_map_table")
+NAMES = tuple(f"key_map_{part}" for part in ("matrix", "mean", "rotation", "angles", "table", "reach"))
 TABLE_TOKENS = 64  # the longest tile of the kernels
 _LEAST_PAIRS = 16  # a tensor-core step
 _LEAST_DIM = 16  # the same, of a head's channels
@@ -97,8 +97,16 @@ def key_map(
         rotation.float(),
         pair_angles,
         torch.cat([steps.cos(), steps.sin()], 1).half(),
+        reach_of(rotation, channels),
     )
     return dict(zip(NAMES, tensors, strict=True))
+
+
+def reach_of(rotation: Tensor, channels: int) -> Tensor:
+    """Of each head's rotation [Hkv, D, C + 2P], the longest of its first `channels` columns: fp32 [Hkv], a
+    little more, for rounding.
+    """
+    return 1.0001 * rotation[..., :channels].norm(dim=1).amax(-1).float()
 
 
 def in_words(quantizer: Quantizer) -> bool:

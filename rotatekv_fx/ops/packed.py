@@ -11,8 +11,9 @@ Their tensors come in groups, as a cache layer holds them (N slots, Ng groups of
 * key_map: how keys become channels of codes (`rotatekv_fx.cache.keymap`), for units of heads that share
   rotations and quantization groups, C channels each, and P pairs of channels whose mean was removed:
   matrix fp32 [units, C, C], mean fp32 [units, 2P, C], rotation fp32 [Hkv, D, C + 2P], angles fp64 [P],
-  table fp16 [tile, 2P]. A key at position p is stored as y = k @ matrix - [cos(p t), sin(p t)] @ mean; its
-  score with a query q is (q @ rotation) . [y, cos(p t), sin(p t)].
+  table fp16 [tile, 2P], reach fp32 [Hkv], at least the norm of each of rotation's first C columns. A key at
+  position p is stored as y = k @ matrix - [cos(p t), sin(p t)] @ mean; its score with a query q is
+  (q @ rotation) . [y, cos(p t), sin(p t)].
 
 `decode_before_rope` has a key_map of its own, for keys that are stored before RoPE, rotated over G
 neighbouring heads and reordered over all channels. Their codes lie in places that know of no reordering: a
@@ -52,7 +53,7 @@ _AFTER_KEY_AND_VALUE = functools.partial(arguments_with_held, 2)
 _AFTER_QUERY = functools.partial(arguments_with_held, 3)
 
 
-def _check_held(op: str, key: Tensor, value: Tensor, held: Held, key_map: int = 5) -> None:
+def _check_held(op: str, key: Tensor, value: Tensor, held: Held, key_map: int = 6) -> None:
     check_ranks(op, 4, key=key, value=value)
     check_ranks(op, 2, position=held.position)
     for name, given, counts in (
@@ -101,7 +102,7 @@ _DECODE = (
 @declare(
     f"decode{_DECODE}",
     reference=attention.decode,
-    check=functools.partial(_check_decode, "decode", 5),
+    check=functools.partial(_check_decode, "decode", 6),
     gather=arguments_of_decoding,
 )
 def _decode(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention.exact import exact_tokens
-from rotatekv_fx.kernels.attention.history import code_plane, plane_factor
 from rotatekv_fx.kernels.attention.scores import HIDDEN, INTERPRETED, mask_words, shows
 from rotatekv_fx.kernels.attention.triton import Parts, attend
 from rotatekv_fx.kernels.held import Held, Scoring
+from rotatekv_fx.kernels.quantize.planes import code_plane, plane_factor
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 from rotatekv_fx.kernels.quantize.triton import launch_step, quantizing
 
@@ -418,4 +418,4 @@ def decode_before_rope(query: Tensor, key: Tensor, value: Tensor, held: Held, sc
         NE=_EXACT_TILE, MIDPOINT=held.scheme == "midpoint", WRAPS=held.wraps, MASKED=parts.masked,
         PAIRED=held.key_map[6].shape[1] == dim, RESIDENT=resident, num_warps=4,
     )  # fmt: skip
-    return attend(query, key, value, held, scoring, parts, scores, scored=True)
+    return attend(query, key, value, held, scoring, parts, (scores, scores), scored=True)

@@ -5,9 +5,7 @@ group's scale and offset are applied to its scores. The mean's share of a score 
 of the token's position. Within a tile of consecutive tokens that is the product of a fixed table, cos(j t)
 and sin(j t), with coefficients that turn by a fixed angle from tile to tile: nothing is read for it.
 
-Codes are never converted. Words of 16 bits are masked, and what is left is read as a subnormal fp16 number,
-code * 2^(bit - 24), which tensor cores multiply exactly; 2^-bit goes to the query's channel and to the
-output's, 2^24 to the scales.
+Codes are never converted: tensor cores multiply them as subnormal numbers (`quantize/planes.py`).
 
 A token's value scale is part of its weight, as its logarithm in the score: fp16 then holds the weights of any
 scale, and the sums of weights and offsets divide it out again. Scales are read a tile ahead of their use.
@@ -29,59 +27,17 @@ from rotatekv_fx.kernels.attention.scores import (
     prefetch,
     shows,
 )
+from rotatekv_fx.kernels.quantize.planes import (
+    CODE_UNIT,
+    code_plane,
+    in_words,
+    plane_channels,
+    plane_factor,
+    word_at,
+)
 from rotatekv_fx.kernels.quantize.programs import cos_sin
 
-_CODE_UNIT = tl.constexpr(16777216.0)  # 2^24, the inverse of the fp16 subnormal 1
 _WEIGHT_BITS = tl.constexpr(14.0)  # log 2 of the largest fp16 weight
-
-
-@triton.jit
-def masked_bits(words, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """(words >> SHIFT) & MASK of int16 words, read as fp16. On a GPU two words at a time; bits that the
-    shift brings over from the neighbour are masked away.
-    """
-    mask = tl.full(words.shape, MASK, tl.int16)
-    if INTERPRETED:
-        bits = ((words.to(tl.int32) >> SHIFT) & MASK).to(tl.int16)
-    elif SHIFT == 0:
-        bits = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, $2;", "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2
-        )
-    elif SHIFT == 8:
-        bits = tl.inline_asm_elementwise(
-            "{.reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, $2;}",
-            "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        tl.static_assert(SHIFT == 10)
-        bits = tl.inline_asm_elementwise(
-            "{.reg .b32 t; shr.b32 t, $1, 10; and.b32 $0, t, $2;}",
-            "=r,r,r", [words, mask], dtype=tl.int16, is_pure=True, pack=2,
-        )  # fmt: skip
-    return bits.to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def code_plane(words, PLANE: tl.constexpr, BITS: tl.constexpr):
-    """Codes at bits PLANE * BITS of int16 words, as fp16: code * 2^(plane_bit(PLANE, BITS) - 24)."""
-    BIT: tl.constexpr = PLANE * BITS
-    SHIFT: tl.constexpr = 0 if BIT + BITS <= 10 else (10 if BITS <= 2 else 8)
-    return masked_bits(words, SHIFT, ((1 << BITS) - 1) << (BIT - SHIFT))
-
-
-@triton.jit
-def plane_factor(PLANE: tl.constexpr, BITS: tl.constexpr):
-    """2^-bit of a plane once it is shifted: what undoes its place in the word."""
-    BIT: tl.constexpr = PLANE * BITS
-    SHIFT: tl.constexpr = 0 if BIT + BITS <= 10 else (10 if BITS <= 2 else 8)
-    return 1.0 / (1 << (BIT - SHIFT))
-
-
-@triton.jit
-def plane_channels(word, PLANE: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr):
-    """Channels of a group whose codes are in a plane of given words (byte layout: op `quantize`)."""
-    BIT: tl.constexpr = PLANE * BITS
-    return (BIT % 8) // BITS * (GROUP * BITS // 8) + 2 * word + BIT // 8
 
 
 @triton.jit
@@ -146,7 +102,7 @@ def _token_data(
 @triton.jit
 def attend_history(
     batch, unit, split, splits, part, first, last,
-    rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
+    plane_ptr, wave_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
     mask_ptr, mask_stride, mask_offset, mask_columns,
     position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr, DV: tl.constexpr,
@@ -159,7 +115,7 @@ def attend_history(
 ):  # fmt: skip
     """Weights and values of one share of the history.
 
-    `columns` is 0, or what a row has of scores that are made already: `rotated_ptr` then points at them, and
+    `columns` is 0, or what a row has of scores that are made already: `wave_ptr` then points at them, and
     there are no key groups (KG is 0).
     """
     # Words of a group, padded to a tensor-core step; 3-bit codes are a 2-bit plane and a 1-bit plane.
@@ -175,10 +131,10 @@ def attend_history(
     VHIGH: tl.constexpr = 16 if VBITS == 3 else 0
     rows, tokens = tl.arange(0, M), tl.arange(0, N)
     kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
-    CHANNELS: tl.constexpr = KG * KGROUP
-    WIDTH: tl.constexpr = CHANNELS + 2 * PAIRS
+    PLANES_WIDTH: tl.constexpr = KPLANES * KWP + KHIGH * 16
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    row_ptr = rotated_ptr + row * (WIDTH if KG > 0 else columns)
+    plane_ptr += row[None, :] * (KG * PLANES_WIDTH)
+    wave_ptr += row * (2 * PAIRS + 4 if KG > 0 else columns)
     inside = rows < R
 
     # Tiles start at multiples of N, so that scales are read in pairs.
@@ -219,45 +175,34 @@ def attend_history(
         gdc_wait()
     # Volatile loads are issued in this order, before the first is waited for; others need not be.
     if PAIRS > 0:
-        waves = row_ptr[None, :] + CHANNELS + pair[:, None]
+        waves = wave_ptr[None, :] + pair[:, None]
         from_cos = tl.load(waves, mask=inside[None, :], other=0.0, volatile=True)
         from_sin = tl.load(waves + PAIRS, mask=inside[None, :], other=0.0, volatile=True)
-    planes = ()
-    keep = (kword < KW)[:, None] & inside[None, :]
-    keep_high = (bword < KGROUP // 16)[:, None] & inside[None, :]
+    if KG > 0:
+        unscale = tl.load(wave_ptr + 2 * PAIRS, mask=inside, other=0.0)
+    queries = ()
+    place, place_high = tl.arange(0, KWP)[:, None], tl.arange(0, 16)[:, None]
+    keep, keep_high = inside[None, :], inside[None, :]
+    if KW < KWP:
+        keep = keep & (word_at(place, KWP) < KW)
+    if KGROUP < 256:
+        keep_high = keep_high & (word_at(place_high, 16) < KGROUP // 16)
     for g in tl.static_range(KG):
-        of_group = row_ptr[None, :] + g * KGROUP
+        group_ptr = plane_ptr + g * PLANES_WIDTH
         for plane in tl.static_range(KPLANES):
-            channel = plane_channels(kword, plane, KLOW, KGROUP)
-            x = tl.load(of_group + channel[:, None], mask=keep, other=0.0, volatile=True)
-            planes = planes + (x,)
+            x = tl.load(group_ptr + (plane * KWP + place), mask=keep, other=0.0, volatile=True)
+            queries = queries + (in_words(x, KWP, M),)
         for plane in tl.static_range(KHIGH):
-            channel = plane_channels(bword, plane, 1, KGROUP)
-            x = tl.load(of_group + channel[:, None], mask=keep_high, other=0.0, volatile=True)
-            planes = planes + (x,)
-
-    tl.debug_barrier()  # so that all loads are under way before the first is waited for
-
-    # The unit's largest |query channel| is brought to 2^12, so that no plane leaves fp16's normal range.
-    reach = tl.full([KWP, M], 1.0e-30, tl.float32)
+            high_ptr = group_ptr + (KPLANES * KWP + plane * 16)
+            x = tl.load(high_ptr + place_high, mask=keep_high, other=0.0, volatile=True)
+            queries = queries + (in_words(x, 16, M),)
     sums = ()
     for g in tl.static_range(KG):
         by_word = tl.zeros([KWP, M], tl.float32)
         for plane in tl.static_range(KPLANES):
-            reach = tl.maximum(reach, tl.abs(planes[g * (KPLANES + KHIGH) + plane]))
-            by_word += planes[g * (KPLANES + KHIGH) + plane]
-        sums = sums + (tl.sum(by_word, 0),)
-    largest = tl.max(tl.max(reach, 0), 0)
-    top = 4096.0 / largest
-    unscale = largest * (_CODE_UNIT / 4096.0)
-    queries = ()
-    for g in tl.static_range(KG):
-        for plane in tl.static_range(KPLANES):
-            factor = top * plane_factor(plane, KLOW)
-            queries = queries + ((planes[g * (KPLANES + KHIGH) + plane] * factor).to(tl.float16),)
-        for plane in tl.static_range(KHIGH):
-            factor = top * (4.0 * plane_factor(plane, 1))
-            queries = queries + ((planes[g * (KPLANES + KHIGH) + KPLANES + plane] * factor).to(tl.float16),)
+            x = queries[g * (KPLANES + KHIGH) + plane].to(tl.float32)
+            by_word += x * (1.0 / plane_factor(plane, KLOW))
+        sums = sums + (tl.sum(by_word, 0) * (1.0 / CODE_UNIT),)
     if PAIRS > 0:
         by_cos, by_sin = from_cos * cos + from_sin * sin, from_sin * cos - from_cos * sin
     accumulators = ()
@@ -284,7 +229,7 @@ def attend_history(
         scores = tl.zeros([N, M], tl.float32)
         if KG == 0:
             scores = tl.load(
-                row_ptr[None, :] + (origin + slot)[:, None],
+                wave_ptr[None, :] + (origin + slot)[:, None],
                 mask=(held & (n0 + tokens >= first))[:, None] & inside[None, :], other=HIDDEN,
             )  # fmt: skip
             seen = (tl.max(scores, 1) < LOWEST) == 0  # a bad token's scores are NaN, and seen
@@ -329,8 +274,8 @@ def attend_history(
                     product = tl.dot(
                         code_plane(words, plane, 1), queries[g * (KPLANES + KHIGH) + KPLANES + plane], product
                     )
-            scores = shift[:, None] * sums[g][None, :] + scores
-            scores = product * (scale * unscale)[:, None] + scores
+            product = shift[:, None] * sums[g][None, :] + product * scale[:, None]
+            scores = product * unscale[None, :] + scores
         scores = capped(scores, softcap, SOFTCAP) + raised[:, None]
         new_highest = tl.maximum(highest, tl.max(scores, 0))
         fade = tl.exp2(highest - new_highest)[None, :]
@@ -379,7 +324,7 @@ def attend_history(
     own = rows // REPEATS * DV  # first channel of a row's own head in its unit
     for g in tl.static_range(VG):
         for plane in tl.static_range(VPLANES):
-            values = accumulators[g * (VPLANES + VHIGH) + plane] * (_CODE_UNIT * plane_factor(plane, VLOW))
+            values = accumulators[g * (VPLANES + VHIGH) + plane] * (CODE_UNIT * plane_factor(plane, VLOW))
             to = g * VGROUP + plane_channels(vword, plane, VLOW, VGROUP)[:, None] - own[None, :]
             keep = (to >= 0) & (to < DV) & (vword < VW)[:, None] & inside[None, :]
             tl.store(out_ptr + part[None, :] * DV + to, values + tl.sum(offsets[g], 0)[None, :], mask=keep)
@@ -392,6 +337,6 @@ def attend_history(
                 keep = (to >= 0) & (to < DV) & (bword < VGROUP // 16)[:, None] & inside[None, :]
                 at = out_ptr + part[None, :] * DV + to
                 values = tl.load(at, mask=keep, other=0.0) + values * (
-                    4.0 * _CODE_UNIT * plane_factor(plane, 1)
+                    4.0 * CODE_UNIT * plane_factor(plane, 1)
                 )
                 tl.store(at, values, mask=keep)

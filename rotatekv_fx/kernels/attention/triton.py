@@ -27,13 +27,14 @@ from rotatekv_fx.kernels.attention.exact import attend_exact
 from rotatekv_fx.kernels.attention.history import attend_history
 from rotatekv_fx.kernels.attention.scores import HIDDEN, LOG2E, LOWEST
 from rotatekv_fx.kernels.held import Held, Scoring
+from rotatekv_fx.kernels.quantize.planes import plane_words, query_width
 from rotatekv_fx.kernels.quantize.programs import quantize_program, turn_program
 from rotatekv_fx.kernels.quantize.triton import launch_step, plane_width, quantizing
 
 
 @triton.jit(do_not_specialize=["number", "mask_offset", "mask_columns", "mask_stride", "parts", "sequences"])
 def decode_kernel(
-    count_ptr, number, query_ptr, new_keys, new_values, rotated_ptr,
+    count_ptr, number, query_ptr, new_keys, new_values, plane_ptr, wave_ptr,
     key_matrix, key_mean, turned_ptr, sequences,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     recent_keys, recent_values, ring, sink_keys, sink_values, sink_tokens,
@@ -53,9 +54,9 @@ def decode_kernel(
     these parts, or before them, where there are ROWS, programs that transform so many sequences' keys that
     leave the window next.
 
-    `number` is the new token's (read from `count_ptr` where COUNTED). `rotated_ptr` has rotated queries; or,
-    where there are no key groups (KG is 0), `columns` of scores a query row. `turned_ptr` receives the
-    leaving keys, fp32 [B, units, U * D].
+    `number` is the new token's (read from `count_ptr` where COUNTED). `plane_ptr` and `wave_ptr` have rotated
+    queries (`step_kernel`); or, where there are no key groups (KG is 0), `wave_ptr` has `columns` of scores a
+    query row. `turned_ptr` receives the leaving keys, fp32 [B, units, U * D].
     out fp32 [B, units, parts, R, DV], weights fp32 [B, units, parts, R, 2]: each part's base, in units of
     log 2, and its sum of weights.
     """
@@ -81,7 +82,7 @@ def decode_kernel(
         attend_history(
             batch, unit, split, splits, part,
             earliest, tl.maximum(newest + 1 - WINDOW, earliest),
-            rotated_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
+            plane_ptr, wave_ptr, key_codes, key_scale, key_offset, value_codes, value_scale, value_offset,
             mask_ptr, mask_stride, mask_offset, mask_columns,
             position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
             R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP,
@@ -92,7 +93,7 @@ def decode_kernel(
             batch, unit, split - splits, part, newest, earliest,
             query_ptr, new_keys, new_values, recent_keys, recent_values, sink_keys, sink_values, sink_tokens,
             mask_ptr, mask_stride, mask_offset, mask_columns,
-            scale, softcap, units, ring, rotated_ptr, columns, out_ptr, weight_ptr,
+            scale, softcap, units, ring, wave_ptr, columns, out_ptr, weight_ptr,
             R, M, U, REPEATS, D, DV, DP, DVP, SINKS, WINDOW, NE, EXACT, KG == 0, MASKED, SOFTCAP,
         )  # fmt: skip
     elif ROWS > 0:
@@ -246,7 +247,12 @@ def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scori
     """The op `rotatekv::decode` (`rotatekv_fx.ops` describes it), in three launches."""
     batch, query_heads, _, dim = query.shape
     query, key, value = (x.contiguous() for x in (query, key, value))
-    rotated = query.new_empty((batch, query_heads, held.key_map[2].shape[2]), dtype=torch.float32)
+    groups, _ = held.unit_groups(key, value)
+    places = groups * query_width(held.key_group, held.key_bits)
+    rotated = (
+        query.new_empty((batch, query_heads, places), dtype=torch.float16),
+        query.new_empty((batch, query_heads, 2 * len(held.key_map[3]) + 4), dtype=torch.float32),
+    )
     codes = quantizing(key, value, held)
     launch_step(
         codes, held, 1 if held.recent else 0, 0 if held.window > 1 else codes.programs, query, rotated,
@@ -263,15 +269,16 @@ def attend(
     held: Held,
     scoring: Scoring,
     parts: Parts,
-    rotated: Tensor,
+    rotated: tuple[Tensor, Tensor],
     scored: bool = False,
 ) -> Tensor:
     """The last two launches: attend to the layer, combine, and quantize what leaves the window next, but not
     where `scored` or with a window of one or none.
 
     Args:
-        rotated: fp32 [B, Hq, C + 2P] queries, rotated and scaled; or, where `scored`, [B, Hq, N + exact]
-            scores of the history's slots and of the exact tokens in tiles, in units of log 2.
+        rotated: queries rotated and scaled, as `step_kernel` leaves them; or, where `scored`, twice the fp32
+            [B, Hq, N + exact] scores of the history's slots and of the exact tokens in tiles, in units of
+            log 2.
         others: as in `decode`.
     """
     batch, query_heads, _, dim = query.shape
@@ -281,11 +288,11 @@ def attend(
     history = held.history
     if scored:
         unit_heads = math.lcm(held.value_group, value_dim) // value_dim
-        key_groups, angles, table, columns = 0, parts.position, parts.position, rotated.shape[2]
+        key_groups, angles, table, columns = 0, parts.position, parts.position, rotated[1].shape[2]
     else:
         unit_heads = heads // held.units
         key_groups, columns = unit_heads * dim // held.key_group, 0
-        angles, table = held.key_map[3:]
+        angles, table = held.key_map[3:5]
     units, pairs = heads // unit_heads, 0 if scored else len(angles)
     value_groups = unit_heads * value_dim // held.value_group
     repeats = query_heads // heads
@@ -312,7 +319,7 @@ def attend(
         "MIDPOINT": held.scheme == "midpoint", "WRAPS": held.wraps, "DEPENDENT": dependent,
     }  # fmt: skip
     decode_kernel[(batch * units, count_parts + triton.cdiv(turn_programs, batch))](
-        parts.counter, held.number, query, key, value, rotated, held.key_map[0], held.key_map[1],
+        parts.counter, held.number, query, key, value, *rotated, held.key_map[0], held.key_map[1],
         turned, batch,
         history[0].view(torch.int16), history[1], history[2],
         history[3].view(torch.int16), history[4], history[5], held.capacity,
@@ -323,7 +330,7 @@ def attend(
         R=rows, M=max(8, triton.next_power_of_2(rows)), REPEATS=repeats,
         DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
         KWORDS=history[0].shape[3] // 2, VWORDS=history[3].shape[3] // 2,
-        KWP=_tensor_step(held.key_group, held.key_bits), VWP=_tensor_step(held.value_group, held.value_bits),
+        KWP=plane_words(held.key_group, held.key_bits), VWP=plane_words(held.value_group, held.value_bits),
         PAIRS=pairs, SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, ROWS=turn_rows,
         COLUMNS=choice.turn_columns, TURNS_FIRST=choice.turns_first, STAGES=choice.stages,
         MASKED=parts.masked, SOFTCAP=scoring.softcap != 0.0, **sizes,
@@ -344,8 +351,3 @@ def attend(
         num_warps=tuning.finish_warps(block), **launch,
     )  # fmt: skip
     return out
-
-
-def _tensor_step(group: int, bits: int) -> int:
-    """Words of a group's codes (of the 2-bit plane at 3 bits), padded to a tensor-core step of 16."""
-    return max(16, triton.next_power_of_2(group * (2 if bits == 3 else bits) // 16))

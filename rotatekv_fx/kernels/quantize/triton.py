@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
+from rotatekv_fx.kernels.quantize.planes import CODE_UNIT, QUERY_TOP, plane_words, store_planes_of
 from rotatekv_fx.kernels.quantize.programs import as_stored, product, quantize_program
 
 
@@ -30,11 +31,19 @@ def _wait_and_pass_on(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def _rotate_query(
-    head, block, part, rows_total, kv_heads, query_ptr, matrix_ptr, rotated_ptr, factor,
-    REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
+    head, block, part, rows_total, kv_heads, query_ptr, matrix_ptr, reach_ptr, plane_ptr, wave_ptr, factor,
+    REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Query rows of one KV head times its matrix [D, WIDTH], in fp32."""
+    """Query rows of one KV head times its matrix [D, C + 2P], some columns of it. The first C go to planes,
+    scaled so that none passes QUERY_TOP; the others to `wave_ptr` in fp32, [B, Hq, 2P + 4], where the next
+    number takes the planes' scale back.
+    """
+    WIDTH: tl.constexpr = C + 2 * PAIRS
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    LOW_WIDTH: tl.constexpr = 16 // LOW * WORDS
+    GROUP_WIDTH: tl.constexpr = LOW_WIDTH + (256 if BITS == 3 else 0)
     source, column = tl.arange(0, DP), part * COLUMNS + tl.arange(0, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)
     query_row = (row // REPEATS * kv_heads + head) * REPEATS + row % REPEATS
@@ -43,20 +52,31 @@ def _rotate_query(
         matrix_ptr + (head * D + source)[None, :, None].to(tl.int64) * WIDTH + column[None, None, :],
         mask=(source < D)[None, :, None] & wide[None, :, :], other=0.0,
     )  # fmt: skip
+    reach = tl.load(reach_ptr + head)
     _wait_and_pass_on(DEPENDENT)  # the matrix is no kernel's result
     tl.debug_barrier()  # or the compiler waits for the first load before it issues the last
     x = tl.load(
         query_ptr + query_row[:, None].to(tl.int64) * D + source[None, :],
         mask=inside & (source < D)[None, :], other=0.0,
     )  # fmt: skip
+    single = x.to(tl.float32)
+    most = tl.maximum(tl.sqrt(tl.sum(single * single, 1)) * reach, 1.0e-30)  # of a number in planes, at most
     if ROWS <= 4:
-        y = tl.sum(x.to(tl.float32)[:, :, None] * matrix, 1)
+        y = tl.sum(single[:, :, None] * matrix, 1)
     else:
         y = product(x, tl.reshape(matrix, [DP, COLUMNS]), tl.zeros([ROWS, COLUMNS], tl.float32))
-    tl.store(
-        rotated_ptr + query_row[:, None].to(tl.int64) * WIDTH + column[None, :], y * factor,
-        mask=inside & wide,
-    )  # fmt: skip
+    query_row = query_row[:, None].to(tl.int64)
+    to_wave = wave_ptr + query_row * (2 * PAIRS + 4)
+    tl.store(to_wave + (column - C)[None, :], y * factor, mask=inside & wide & (column >= C)[None, :])
+    unscale = most[:, None] * (factor * CODE_UNIT / QUERY_TOP)
+    if part == 0:
+        tl.store(to_wave + 2 * PAIRS, unscale, mask=inside)
+    y = y * (1.0 / most * QUERY_TOP)[:, None]
+    keep, channel = inside & (column < C)[None, :], column % GROUP
+    to_plane = plane_ptr + query_row * (C // GROUP * GROUP_WIDTH) + (column // GROUP * GROUP_WIDTH)[None, :]
+    store_planes_of(y, to_plane, channel, keep, WORDS, LOW, GROUP)
+    if BITS == 3:
+        store_planes_of(y * 4.0, to_plane + LOW_WIDTH, channel, keep, 16, 1, GROUP)
 
 
 @triton.jit
@@ -89,14 +109,15 @@ def _store_recent(
 @triton.jit(do_not_specialize=["number", "tokens", "rows_total", "new_tokens", "ring_tokens"])
 def step_kernel(
     count_ptr, number, ring_tokens, quantize_programs, query_programs, query_blocks,
-    query_ptr, query_matrix, rotated_ptr, factor, kv_heads,
+    query_ptr, query_matrix, reach_ptr, plane_ptr, wave_ptr, factor, kv_heads,
     key_programs, row_blocks, tokens, rows_total, new_tokens,
     new_keys, new_values, ring_keys, ring_values, ring, sink_tokens,
     key_matrix, key_mean, angle_ptr, position_ptr, position_stride,
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
-    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, REPEATS: tl.constexpr, QWIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, QROWS: tl.constexpr, RING_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+    COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, REPEATS: tl.constexpr, QWORDS: tl.constexpr,
+    QPAIRS: tl.constexpr, COLUMNS: tl.constexpr, QROWS: tl.constexpr, RING_BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
@@ -125,11 +146,12 @@ def step_kernel(
             )  # fmt: skip
     program -= quantize_programs
     if (program >= 0) & (program < query_programs):
-        parts: tl.constexpr = (QWIDTH + COLUMNS - 1) // COLUMNS
+        parts: tl.constexpr = (KG * KGROUP + 2 * QPAIRS + COLUMNS - 1) // COLUMNS
         part, rest = program % parts, program // parts
         _rotate_query(
             rest // query_blocks, rest % query_blocks, part, rows_total // tokens * REPEATS, kv_heads,
-            query_ptr, query_matrix, rotated_ptr, factor, REPEATS, D, DP, QWIDTH, QROWS, COLUMNS, DEPENDENT,
+            query_ptr, query_matrix, reach_ptr, plane_ptr, wave_ptr, factor, REPEATS, D, DP, KG * KGROUP,
+            QPAIRS, KGROUP, KBITS, QWORDS, QROWS, COLUMNS, DEPENDENT,
         )  # fmt: skip
     elif program >= 0:
         _wait_and_pass_on(DEPENDENT)
@@ -211,7 +233,7 @@ def launch_step(
     ring_tokens: int,
     quantize_programs: int,
     query: Tensor | None = None,
-    rotated: Tensor | None = None,
+    rotated: tuple[Tensor, Tensor] | None = None,
     factor: float = 1.0,
     dependent: bool = False,
 ) -> None:
@@ -223,16 +245,18 @@ def launch_step(
     repeats = 1 if query is None else query.shape[1] // heads
     query_rows = tuning.row_block(batch * repeats, 4)
     query_blocks = triton.cdiv(batch * repeats, query_rows)
+    pairs = 0 if query is None else len(held.key_map[3])
     width, columns = query_matrix.shape[-1], tuning.query_columns(query_rows)
     query_programs = 0 if query is None else heads * query_blocks * triton.cdiv(width, columns)
     programs = quantize_programs + query_programs + (batch * heads if ring_tokens else 0)
     step_kernel[(programs,)](
         held.position if held.count is None else held.count, held.number, ring_tokens, quantize_programs,
         query_programs, query_blocks, key if query is None else query, query_matrix,
-        query_matrix if rotated is None else rotated, factor, heads, *codes.arguments,
-        COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, REPEATS=repeats, QWIDTH=width,
-        COLUMNS=columns, QROWS=query_rows, RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent,
-        **codes.constants, num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
+        held.key_map[-1], *(rotated or (query_matrix, query_matrix)), factor, heads, *codes.arguments,
+        COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, REPEATS=repeats,
+        QWORDS=plane_words(held.key_group, held.key_bits), QPAIRS=pairs, COLUMNS=columns, QROWS=query_rows,
+        RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent, **codes.constants,
+        num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
         **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
