@@ -202,8 +202,9 @@ def attend_history(
         for plane in tl.static_range(KPLANES):
             x = queries[g * (KPLANES + KHIGH) + plane].to(tl.float32)
             by_word += x * (1.0 / plane_factor(plane, KLOW))
-        sums = sums + (tl.sum(by_word, 0) * (1.0 / CODE_UNIT),)
+        sums = sums + (tl.sum(by_word, 0),)
     if PAIRS > 0:
+        from_cos, from_sin = from_cos * unscale[None, :], from_sin * unscale[None, :]
         by_cos, by_sin = from_cos * cos + from_sin * sin, from_sin * cos - from_cos * sin
     accumulators = ()
     for g in tl.static_range(VG):
@@ -274,7 +275,7 @@ def attend_history(
                     product = tl.dot(
                         code_plane(words, plane, 1), queries[g * (KPLANES + KHIGH) + KPLANES + plane], product
                     )
-            product = shift[:, None] * sums[g][None, :] + product * scale[:, None]
+            product = product * (scale * CODE_UNIT)[:, None] + shift[:, None] * sums[g][None, :]
             scores = product * unscale[None, :] + scores
         scores = capped(scores, softcap, SOFTCAP) + raised[:, None]
         new_highest = tl.maximum(highest, tl.max(scores, 0))

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.planes import CODE_UNIT, QUERY_TOP, plane_words, store_planes_of
+from rotatekv_fx.kernels.quantize.planes import QUERY_TOP, plane_words, store_planes_of
 from rotatekv_fx.kernels.quantize.programs import as_stored, product, quantize_program
 
 
@@ -36,9 +36,9 @@ def _rotate_query(
     GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Query rows of one KV head times its matrix [D, C + 2P], some columns of it. The first C go to planes,
-    scaled so that none passes QUERY_TOP; the others to `wave_ptr` in fp32, [B, Hq, 2P + 4], where the next
-    number takes the planes' scale back.
+    """Query rows of one KV head times its matrix [D, C + 2P], some columns of it, scaled so that none of the
+    first C passes QUERY_TOP. These go to planes; the others to `wave_ptr` in fp32, [B, Hq, 2P + 4], where the
+    next number takes the scale back.
     """
     WIDTH: tl.constexpr = C + 2 * PAIRS
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -61,22 +61,23 @@ def _rotate_query(
     )  # fmt: skip
     single = x.to(tl.float32)
     most = tl.maximum(tl.sqrt(tl.sum(single * single, 1)) * reach, 1.0e-30)  # of a number in planes, at most
+    scale = (1.0 / most * QUERY_TOP)[:, None]
     if ROWS <= 4:
-        y = tl.sum(single[:, :, None] * matrix, 1)
+        y = tl.sum((single * scale)[:, :, None] * matrix, 1)
     else:
-        y = product(x, tl.reshape(matrix, [DP, COLUMNS]), tl.zeros([ROWS, COLUMNS], tl.float32))
+        y = scale * product(x, tl.reshape(matrix, [DP, COLUMNS]), tl.zeros([ROWS, COLUMNS], tl.float32))
     query_row = query_row[:, None].to(tl.int64)
-    to_wave = wave_ptr + query_row * (2 * PAIRS + 4)
-    tl.store(to_wave + (column - C)[None, :], y * factor, mask=inside & wide & (column >= C)[None, :])
-    unscale = most[:, None] * (factor * CODE_UNIT / QUERY_TOP)
+    wave_ptr += query_row * (2 * PAIRS + 4)
     if part == 0:
-        tl.store(to_wave + 2 * PAIRS, unscale, mask=inside)
-    y = y * (1.0 / most * QUERY_TOP)[:, None]
-    keep, channel = inside & (column < C)[None, :], column % GROUP
-    to_plane = plane_ptr + query_row * (C // GROUP * GROUP_WIDTH) + (column // GROUP * GROUP_WIDTH)[None, :]
-    store_planes_of(y, to_plane, channel, keep, WORDS, LOW, GROUP)
-    if BITS == 3:
-        store_planes_of(y * 4.0, to_plane + LOW_WIDTH, channel, keep, 16, 1, GROUP)
+        tl.store(wave_ptr + 2 * PAIRS, most[:, None] * (factor / QUERY_TOP), mask=inside)
+    if (part + 1) * COLUMNS > C:
+        tl.store(wave_ptr + (column - C)[None, :], y, mask=inside & wide & (column >= C)[None, :])
+    if part * COLUMNS < C:
+        keep, channel = inside & (column < C)[None, :], column % GROUP
+        at = plane_ptr + query_row * (C // GROUP * GROUP_WIDTH) + (column // GROUP * GROUP_WIDTH)[None, :]
+        store_planes_of(y, at, channel, keep, WORDS, LOW, GROUP)
+        if BITS == 3:
+            store_planes_of(y * 4.0, at + LOW_WIDTH, channel, keep, 16, 1, GROUP)
 
 
 @triton.jit
