@@ -21,6 +21,7 @@ CASES = {
     "grouped": {},
     "one query head": {"query_heads": 2},
     "sixteen query heads": {"query_heads": 32},
+    "queries of unlike sizes": {"sizes": (-12.0, 0.5)},
     "six sequences": {"batch": 6, "length": 130, "capacity": 144},
     "dim 64, heads share a group": {"dim": 64, "query_heads": 8},
     "dim 96": {"dim": 96, "heads": 4, "query_heads": 8},
@@ -101,7 +102,7 @@ def padding_mask(padding, batch, columns, added=None):
 def build(
     dim=128, heads=2, query_heads=8, batch=2, length=300, capacity=320, window=64, slack=8, sinks=6,
     bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
-    added=None, sliding=0, wraps=False, counted=False, dtype=DTYPE, seed=0,
+    added=None, sliding=0, wraps=False, counted=False, dtype=DTYPE, sizes=(0.0, 0.0), seed=0,
 ):  # fmt: skip
     """Arguments of `decode` for a cache of `length` tokens, filled by the reference: query, key, value,
     Held, Scoring.
@@ -150,8 +151,9 @@ def build(
         held, position=shift + length, count=torch.tensor(length) if counted else None,
         number=0 if counted else length,
     )  # fmt: skip
+    query = randn(batch, query_heads, 1, dim) * torch.logspace(*sizes, query_heads)[:, None, None]
     return [
-        randn(batch, query_heads, 1, dim).to(dtype), keys[:, :, length : length + 1],
+        query.to(dtype), keys[:, :, length : length + 1],
         values[:, :, length : length + 1], held,
         Scoring(mask, 0, sliding, dim**-0.5, softcap, randn(query_heads) if logits else None),
     ]  # fmt: skip
@@ -170,7 +172,15 @@ def relative(actual, expected):
     return float(difference / expected.float().square().mean().sqrt())
 
 
-QUICK = ("grouped", "dim 64, heads share a group", "3 bits", "left padding", "sliding", "first token")
+QUICK = (
+    "grouped",
+    "queries of unlike sizes",
+    "dim 64, heads share a group",
+    "3 bits",
+    "left padding",
+    "sliding",
+    "first token",
+)
 
 
 def marked(cases, quick):

@@ -141,3 +141,14 @@ def test_prefill_takes_no_ring():
 
 def test_the_table_is_as_long_as_the_longest_tile():
     assert keymap.TABLE_TOKENS == tuning.TABLE_TOKENS
+
+
+def test_no_rotated_query_passes_its_norm_times_the_reach():
+    g = torch.Generator().manual_seed(0)
+    rotation = torch.randn(3, 16, 20, generator=g) * torch.logspace(-3, 2, 20)
+    reach = keymap.reach_of(rotation, 12)
+    longest = rotation[:, :, :12].norm(dim=1).argmax(-1)
+    query = torch.cat([torch.randn(3, 64, 16, generator=g), rotation[range(3), :, longest][:, None]], 1)
+    share = (query @ rotation[:, :, :12]).abs().amax(-1) / (query.norm(dim=-1) * reach[:, None])
+    assert (share <= 1.0).all()
+    assert (share[:, -1] > 0.999).all()
