@@ -116,7 +116,8 @@ def attend_history(
     """Weights and values of one share of the history.
 
     `columns` is 0, or what a row has of scores that are made already: `wave_ptr` then points at them, and
-    there are no key groups (KG is 0).
+    there are no key groups (KG is 0). Where the launch is DEPENDENT, rotated queries are waited for; and so
+    are codes, unless they were made EARLY, in a step before.
     """
     # Words of a group, padded to a tensor-core step; 3-bit codes are a 2-bit plane and a 1-bit plane.
     KLOW: tl.constexpr = 2 if KBITS == 3 else KBITS
