@@ -22,6 +22,8 @@ CASES = {
     "one query head": {"query_heads": 2},
     "sixteen query heads": {"query_heads": 32},
     "queries of unlike sizes": {"sizes": (-12.0, 0.5)},
+    "queries along a column": {"along": True},
+    "3 bits, queries along a column": {"along": True, "bits": (3, 3)},
     "six sequences": {"batch": 6, "length": 130, "capacity": 144},
     "dim 64, heads share a group": {"dim": 64, "query_heads": 8},
     "dim 96": {"dim": 96, "heads": 4, "query_heads": 8},
@@ -102,7 +104,8 @@ def padding_mask(padding, batch, columns, added=None):
 def build(
     dim=128, heads=2, query_heads=8, batch=2, length=300, capacity=320, window=64, slack=8, sinks=6,
     bits=(2, 2), group=128, head_group=1, scheme="midpoint", pairs=16, softcap=0.0, logits=False, padding=(),
-    added=None, sliding=0, wraps=False, counted=False, dtype=DTYPE, sizes=(0.0, 0.0), seed=0,
+    added=None, sliding=0, wraps=False, counted=False, dtype=DTYPE, sizes=(0.0, 0.0), along=False,
+    seed=0,
 ):  # fmt: skip
     """Arguments of `decode` for a cache of `length` tokens, filled by the reference: query, key, value,
     Held, Scoring.
@@ -152,6 +155,8 @@ def build(
         number=0 if counted else length,
     )  # fmt: skip
     query = randn(batch, query_heads, 1, dim) * torch.logspace(*sizes, query_heads)[:, None, None]
+    if along:  # the first column of their head's matrix, as long as any: its number is at its bound
+        query = rotation[:, :, 0].repeat_interleave(query_heads // heads, 0)[None, :, None].expand_as(query)
     return [
         query.to(dtype), keys[:, :, length : length + 1],
         values[:, :, length : length + 1], held,
@@ -175,6 +180,7 @@ def relative(actual, expected):
 QUICK = (
     "grouped",
     "queries of unlike sizes",
+    "3 bits, queries along a column",
     "dim 64, heads share a group",
     "3 bits",
     "left padding",

@@ -15,6 +15,11 @@ from rotatekv_fx.cache.codec import Codec, Parts
 
 _LEAST_GROWTH = 64  # tokens
 _GROWTH_SHARE = 16  # of the tokens held
+_ALIGNED = 16  # sizes that are multiples of it share compiled kernels
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
 
 
 class GrowingStore:
@@ -58,16 +63,18 @@ class GrowingStore:
     def start_with(self, fields: tuple[Tensor, ...], tokens: int) -> None:
         """Make buffers of `tokens` slots, or a few, for tensors like `fields` ([B, H, any, D] each)."""
         sample = (c.encode(x[:, :, :1]) for c, x in zip(self.codecs, fields, strict=True))
-        self.parts = tuple(tuple(_longer(t, 0, tokens or _LEAST_GROWTH) for t in parts) for parts in sample)
+        self.parts = tuple(
+            tuple(_longer(t, 0, _aligned(tokens or _LEAST_GROWTH)) for t in parts) for parts in sample
+        )
 
     def reserve(self, count: int) -> None:
         """Make room for `count` more tokens."""
         needed = self.length + count
         if self.parts and needed > self.parts[0][0].shape[2]:
-            spare = max(_LEAST_GROWTH, needed // _GROWTH_SHARE)
+            size = _aligned(needed + max(_LEAST_GROWTH, needed // _GROWTH_SHARE))
             if self.limit is not None:  # what is over the limit is dropped at once
-                spare = 0
-            self._map(lambda t: _longer(t, t.shape[2], needed + spare))
+                size = needed
+            self._map(lambda t: _longer(t, t.shape[2], size))
 
     def _written(self, old: Parts, new: Parts) -> Parts:
         """New tokens copied behind the old; a tensor that came once for the batch is repeated if the other is
@@ -179,7 +186,7 @@ class RingStore:
     def reserve(self, end: int) -> None:
         """Make room for the tokens before number `end`, in a store that grows."""
         if self.size < min(end, self.limit):
-            self.size = min(self.limit, end + max(_LEAST_GROWTH, end // _GROWTH_SHARE))
+            self.size = min(self.limit, _aligned(end + max(_LEAST_GROWTH, end // _GROWTH_SHARE)))
             self.parts = tuple(
                 tuple(_longer(t, t.shape[2], self.size) for t in parts) for parts in self.parts
             )

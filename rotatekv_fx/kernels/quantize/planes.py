@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 CODE_UNIT = tl.constexpr(16777216.0)  # 2^24, the inverse of the fp16 subnormal 1
-QUERY_TOP = tl.constexpr(32768.0)  # that a query's numbers in planes do not pass
+QUERY_TOP = tl.constexpr(8192.0)  # no number of a query passes it, but four times it in high planes
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
