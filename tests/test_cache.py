@@ -585,6 +585,18 @@ def test_nbytes_by_hand():
     assert rk.cache_nbytes(cache) == 14 * (3 * a_token + a_position)
 
 
+def test_sizes_of_a_growing_history_share_compiled_kernels(paper):
+    """They are multiples of 16, or Triton would compile again when one is and the last was not."""
+    cache = filled(paper.model)
+    longer = Sequences.prompt().grown(next_tokens(3, 2))
+    sizes = set()
+    for start in (LENGTH, LENGTH + 1):
+        run(paper.model, longer, cache, start, start + 1)
+        full = [layer for layer in cache.layers if not layer.is_sliding]
+        sizes |= {layer.history.tensors()[0].shape[2] % 16 for layer in full}
+    assert sizes <= {0}
+
+
 def test_nothing_wide_is_held(paper):
     """Codes are bytes; only scales, positions and exact tokens are not."""
     ids, mask = zoo.prompt(length=LENGTH)
