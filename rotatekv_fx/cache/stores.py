@@ -22,6 +22,11 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
 
 
+def _grown(tokens: int) -> int:
+    """Slots for so many tokens, and some ahead."""
+    return _aligned(tokens + max(_LEAST_GROWTH, tokens // _GROWTH_SHARE))
+
+
 class GrowingStore:
     """Buffers that grow ahead of the tokens, by a sixteenth. Keeps at most the last `limit` tokens, if given.
 
@@ -71,9 +76,8 @@ class GrowingStore:
         """Make room for `count` more tokens."""
         needed = self.length + count
         if self.parts and needed > self.parts[0][0].shape[2]:
-            size = _aligned(needed + max(_LEAST_GROWTH, needed // _GROWTH_SHARE))
-            if self.limit is not None:  # what is over the limit is dropped at once
-                size = needed
+            # what is over the limit is dropped at once
+            size = _grown(needed) if self.limit is None else needed
             self._map(lambda t: _longer(t, t.shape[2], size))
 
     def _written(self, old: Parts, new: Parts) -> Parts:
@@ -186,7 +190,7 @@ class RingStore:
     def reserve(self, end: int) -> None:
         """Make room for the tokens before number `end`, in a store that grows."""
         if self.size < min(end, self.limit):
-            self.size = min(self.limit, _aligned(end + max(_LEAST_GROWTH, end // _GROWTH_SHARE)))
+            self.size = min(self.limit, _grown(end))
             self.parts = tuple(
                 tuple(_longer(t, t.shape[2], self.size) for t in parts) for parts in self.parts
             )
