@@ -108,7 +108,7 @@ def attend_history(
     R: tl.constexpr, M: tl.constexpr, U: tl.constexpr, REPEATS: tl.constexpr, DV: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
-    KWP: tl.constexpr, VWP: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr, PLACES: tl.constexpr,
     PAIRS: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr,
     WRAPS: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -132,9 +132,8 @@ def attend_history(
     VHIGH: tl.constexpr = 16 if VBITS == 3 else 0
     rows, tokens = tl.arange(0, M), tl.arange(0, N)
     kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
-    PLANES_WIDTH: tl.constexpr = KPLANES * KWP + KHIGH * 16
     row = ((batch * units + unit) * R + rows).to(tl.int64)
-    plane_ptr += row[None, :] * (KG * PLANES_WIDTH)
+    plane_ptr += row[None, :] * (KG * PLACES)
     wave_ptr += row * (2 * PAIRS + 4 if KG > 0 else columns)
     inside = rows < R
 
@@ -189,7 +188,7 @@ def attend_history(
     if KGROUP < 256:
         keep_high = keep_high & (word_at(place_high, 16) < KGROUP // 16)
     for g in tl.static_range(KG):
-        group_ptr = plane_ptr + g * PLANES_WIDTH
+        group_ptr = plane_ptr + g * PLACES
         for plane in tl.static_range(KPLANES):
             x = tl.load(group_ptr + (plane * KWP + place), mask=keep, other=0.0, volatile=True)
             queries = queries + (in_words(x, KWP, M),)

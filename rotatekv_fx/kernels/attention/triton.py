@@ -45,8 +45,9 @@ def decode_kernel(
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr,
     KG: tl.constexpr, VG: tl.constexpr, KGROUP: tl.constexpr, VGROUP: tl.constexpr,
     KBITS: tl.constexpr, VBITS: tl.constexpr, KWORDS: tl.constexpr, VWORDS: tl.constexpr,
-    KWP: tl.constexpr, VWP: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    SLIDING: tl.constexpr, N: tl.constexpr, NE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KWP: tl.constexpr, VWP: tl.constexpr, PLACES: tl.constexpr, PAIRS: tl.constexpr, SINKS: tl.constexpr,
+    WINDOW: tl.constexpr, SLIDING: tl.constexpr, N: tl.constexpr, NE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TURNS_FIRST: tl.constexpr, STAGES: tl.constexpr, MIDPOINT: tl.constexpr, WRAPS: tl.constexpr,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -86,7 +87,7 @@ def decode_kernel(
             mask_ptr, mask_stride, mask_offset, mask_columns,
             position, angle_ptr, table_ptr, softcap, capacity, columns, units, out_ptr, weight_ptr,
             R, M, U, REPEATS, DV, KG, VG, KGROUP, VGROUP, KBITS, VBITS, KWORDS, VWORDS, KWP, VWP,
-            PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT, WINDOW > 1,
+            PLACES, PAIRS, N, STAGES, MIDPOINT, WRAPS, MASKED, SOFTCAP, DEPENDENT, WINDOW > 1,
         )  # fmt: skip
     elif (split >= 0) & (split < parts):
         attend_exact(
@@ -331,7 +332,8 @@ def attend(
         DP=triton.next_power_of_2(dim), DVP=triton.next_power_of_2(value_dim),
         KWORDS=history[0].shape[3] // 2, VWORDS=history[3].shape[3] // 2,
         KWP=plane_words(held.key_group, held.key_bits), VWP=plane_words(held.value_group, held.value_bits),
-        PAIRS=pairs, SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, ROWS=turn_rows,
+        PLACES=query_width(held.key_group, held.key_bits), PAIRS=pairs,
+        SLIDING=scoring.sliding, N=choice.tile, NE=parts.exact_tile, ROWS=turn_rows,
         COLUMNS=choice.turn_columns, TURNS_FIRST=choice.turns_first, STAGES=choice.stages,
         MASKED=parts.masked, SOFTCAP=scoring.softcap != 0.0, **sizes,
         num_warps=1, num_stages=choice.stages, **launch,

@@ -17,7 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.planes import QUERY_TOP, plane_words, store_planes_of
+from rotatekv_fx.kernels.quantize.planes import QUERY_TOP, plane_words, query_width, store_planes_of
 from rotatekv_fx.kernels.quantize.programs import as_stored, product, quantize_program
 
 
@@ -33,8 +33,8 @@ def _wait_and_pass_on(DEPENDENT: tl.constexpr):
 def _rotate_query(
     head, block, part, rows_total, kv_heads, query_ptr, matrix_ptr, reach_ptr, plane_ptr, wave_ptr, factor,
     REPEATS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PAIRS: tl.constexpr,
-    GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Query rows of one KV head times its matrix [D, C + 2P], some columns of it, scaled so that none of the
     first C passes QUERY_TOP. These go to planes; the others to `wave_ptr` in fp32, [B, Hq, 2P + 4], where the
@@ -42,8 +42,6 @@ def _rotate_query(
     """
     WIDTH: tl.constexpr = C + 2 * PAIRS
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    LOW_WIDTH: tl.constexpr = 16 // LOW * WORDS
-    GROUP_WIDTH: tl.constexpr = LOW_WIDTH + (256 if BITS == 3 else 0)
     source, column = tl.arange(0, DP), part * COLUMNS + tl.arange(0, COLUMNS)
     row = block * ROWS + tl.arange(0, ROWS)
     query_row = (row // REPEATS * kv_heads + head) * REPEATS + row % REPEATS
@@ -74,10 +72,10 @@ def _rotate_query(
         tl.store(wave_ptr + (column - C)[None, :], y, mask=inside & wide & (column >= C)[None, :])
     if part * COLUMNS < C:
         keep, channel = inside & (column < C)[None, :], column % GROUP
-        at = plane_ptr + query_row * (C // GROUP * GROUP_WIDTH) + (column // GROUP * GROUP_WIDTH)[None, :]
+        at = plane_ptr + query_row * (C // GROUP * PLACES) + (column // GROUP * PLACES)[None, :]
         store_planes_of(y, at, channel, keep, WORDS, LOW, GROUP)
         if BITS == 3:
-            store_planes_of(y * 4.0, at + LOW_WIDTH, channel, keep, 16, 1, GROUP)
+            store_planes_of(y * 4.0, at + 16 // LOW * WORDS, channel, keep, 16, 1, GROUP)
 
 
 @triton.jit
@@ -117,8 +115,8 @@ def step_kernel(
     key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, capacity,
     key_clip, value_clip, units,
     COUNTED: tl.constexpr, QUANTIZES: tl.constexpr, REPEATS: tl.constexpr, QWORDS: tl.constexpr,
-    QPAIRS: tl.constexpr, COLUMNS: tl.constexpr, QROWS: tl.constexpr, RING_BLOCK: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    QPLACES: tl.constexpr, QPAIRS: tl.constexpr, COLUMNS: tl.constexpr, QROWS: tl.constexpr,
+    RING_BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, U: tl.constexpr, KG: tl.constexpr, VG: tl.constexpr,
     KGROUP: tl.constexpr, VGROUP: tl.constexpr, KBITS: tl.constexpr, VBITS: tl.constexpr,
     KBYTES: tl.constexpr, VBYTES: tl.constexpr, KWIDTH: tl.constexpr, VWIDTH: tl.constexpr,
@@ -152,7 +150,7 @@ def step_kernel(
         _rotate_query(
             rest // query_blocks, rest % query_blocks, part, rows_total // tokens * REPEATS, kv_heads,
             query_ptr, query_matrix, reach_ptr, plane_ptr, wave_ptr, factor, REPEATS, D, DP, KG * KGROUP,
-            QPAIRS, KGROUP, KBITS, QWORDS, QROWS, COLUMNS, DEPENDENT,
+            QPAIRS, KGROUP, KBITS, QWORDS, QPLACES, QROWS, COLUMNS, DEPENDENT,
         )  # fmt: skip
     elif program >= 0:
         _wait_and_pass_on(DEPENDENT)
@@ -255,7 +253,8 @@ def launch_step(
         query_programs, query_blocks, key if query is None else query, query_matrix,
         held.key_map[-1], *(rotated or (query_matrix, query_matrix)), factor, heads, *codes.arguments,
         COUNTED=held.count is not None, QUANTIZES=quantize_programs > 0, REPEATS=repeats,
-        QWORDS=plane_words(held.key_group, held.key_bits), QPAIRS=pairs, COLUMNS=columns, QROWS=query_rows,
+        QWORDS=plane_words(held.key_group, held.key_bits),
+        QPLACES=query_width(held.key_group, held.key_bits), QPAIRS=pairs, COLUMNS=columns, QROWS=query_rows,
         RING_BLOCK=1 if new == 1 else 16, DEPENDENT=dependent, **codes.constants,
         num_warps=tuning.step_warps(codes.rows, quantize_programs > 0),
         **({"launch_pdl": True} if dependent else {}),
