@@ -296,20 +296,41 @@ def test_a_cache_past_two_gigabytes():
 
 @needs_gpu
 @pytest.mark.gpu
-def test_lengths_share_compiled_kernels():
+def compiled_kernels():
+    """How many times each kernel of a decoding step was compiled."""
     from rotatekv_fx.kernels.attention import triton as kernels
     from rotatekv_fx.kernels.quantize import triton as quantize_kernels
 
-    def compiled():
-        every = (kernels.decode_kernel, kernels.finish_kernel, quantize_kernels.step_kernel)
-        return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in every]
+    every = (quantize_kernels.step_kernel, kernels.decode_kernel, kernels.finish_kernel)
+    return [sum(len(caches[0]) for caches in kernel.device_caches.values()) for kernel in every]
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_lengths_share_compiled_kernels():
+    from rotatekv_fx.kernels.attention import triton as kernels
 
     counts = []
     for length in (100, 16, 129, 257, 300):
         kernels.decode(*copied(build(length=length, sinks=6), DEVICE))
-        counts.append(compiled())
+        counts.append(compiled_kernels())
     assert min(counts[0]) > 0
     assert all(count == counts[0] for count in counts)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_growing_cache_is_compiled_for_few_sizes():
+    from rotatekv_fx.kernels.attention import triton as kernels
+
+    before = compiled_kernels()
+    for power in range(5, 18):
+        for capacity in (1 << power, 3 << power - 1):
+            arguments = build(batch=1, heads=8, query_heads=32, length=31, capacity=capacity, softcap=7.0)
+            kernels.decode(*copied(arguments, DEVICE))
+    added = [now - then for now, then in zip(compiled_kernels(), before, strict=True)]
+    assert added[1] > 0
+    assert all(count <= 3 for count in added)
 
 
 @needs_gpu
