@@ -44,7 +44,8 @@ def arguments_of(new, **case):
 @needs_kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", marked(CASES, ("fresh", "on a history")))
-def test_prefill_matches_the_reference(name):
+def test_prefill_matches_the_reference(name, monkeypatch):
+    """Attention on the same codes: one that a rounding tipped over may change the output by a percent."""
     from rotatekv_fx.kernels.prefill import triton as kernels
 
     arguments = arguments_of(130, **CASES[name])
@@ -52,9 +53,17 @@ def test_prefill_matches_the_reference(name):
     held = actual_arguments[3]
     ids = torch.cat([held.position - 1, held.position], 1)
     actual_arguments[3] = dataclasses.replace(held, position=ids[:, -1:])  # the last of a row, as in models
-    expected = reference.prefill(expected_arguments[0].float(), *expected_arguments[1:])
     actual = kernels.prefill(*actual_arguments)
+    codes = copied(actual_arguments[3].history)
+    expected_arguments[3] = dataclasses.replace(expected_arguments[3], history=codes)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "extend", lambda *_: None)
+        expected = reference.prefill(expected_arguments[0].float(), *expected_arguments[1:])
     assert relative(actual, expected) < (6e-3 if actual.dtype is torch.bfloat16 else 2e-3)
-    for now, wanted in zip(actual_arguments[3].history, expected_arguments[3].history, strict=True):
-        same = (now.cpu() == wanted) | (now.cpu().float().isnan() & wanted.float().isnan())
-        assert same.float().mean() > 0.998  # a rounding may tip over
+    plain = arguments[3]
+    reference.extend(*arguments[1:4])
+    for now, wanted in zip(codes, plain.history, strict=True):
+        same = (now == wanted) | (now.float().isnan() & wanted.float().isnan())
+        assert same.float().mean() > 0.998
+    for now, wanted in zip(actual_arguments[3].recent, plain.recent, strict=True):
+        torch.testing.assert_close(now.cpu(), wanted, rtol=0, atol=0, equal_nan=True)
