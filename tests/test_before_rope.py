@@ -45,6 +45,7 @@ CASES = {
     "8 and 4 bits": {"bits": (8, 4)},
     "group 64": {"group": 64},
     "dim 32, group 128": {"dim": 32},
+    "three groups": {"dim": 64, "heads": 6, "head_group": 2},
     "midpoints": {"scheme": "midpoint"},
     "window": {"window": 24, "slack": 4},
     "no sinks": {"sinks": 0},
