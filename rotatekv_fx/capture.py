@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from transformers import AttentionInterface, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from rotatekv_fx import masks
 from rotatekv_fx.errors import InputError
 from rotatekv_fx.naming import cache_argument
 from rotatekv_fx.opaque import call_as_they_are, stubbed
@@ -439,10 +440,9 @@ def _masks_are_causal(calls: dict[int, Call], length: int) -> bool:
     """Whether no mask that attention modules received lets a token see a later one."""
     later = torch.ones(length, length, dtype=torch.bool).triu(1)
     for tensor in _call_tensors(calls):
-        if tensor.dim() == 4 and tensor.shape[-2:] == (length, length) and not tensor.is_complex():
-            visible = tensor if tensor.dtype is torch.bool else tensor > torch.finfo(tensor.dtype).min / 2
-            if bool(visible[..., later.to(tensor.device)].any()):
-                return False
+        square = tensor.dim() == 4 and tensor.shape[-2:] == (length, length) and not tensor.is_complex()
+        if square and bool(masks.as_bool(tensor)[..., later.to(tensor.device)].any()):
+            return False
     return True
 
 

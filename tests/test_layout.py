@@ -24,18 +24,19 @@ ALLOWED = {
     "config": {"errors"},
     "calibration": {"opaque", "errors"},
     "opaque": set(),
+    "masks": set(),
     "naming": {"errors"},
-    "capture": {"naming", "opaque", "errors"},
+    "capture": {"masks", "naming", "opaque", "errors"},
     "sites": {"capture", "opaque", "errors"},
     "parallel": {"sites", "opaque"},
     "rope": {"sites"},
     "report": {"sites"},
     "collect": {"opaque", "parallel", "calibration", "rope", "errors", *GRAPHS},
     "recipes": {"calibration", *FOUNDATION},
-    "passes": {"recipes", "errors", *GRAPHS},
-    "kernels": set(FOUNDATION),
+    "passes": {"masks", "recipes", "errors", *GRAPHS},
+    "kernels": {"masks", *FOUNDATION},
     "ops": {"kernels", *FOUNDATION},
-    "cache": {"recipes", "rope", "errors", *GRAPHS},
+    "cache": {"masks", "recipes", "rope", "errors", *GRAPHS},
     "binding": {"cache", "capture", "errors"},
     "saving": {"binding", "calibration", *FOUNDATION},
     "loading": {"api", "calibration", "saving", "errors"},
@@ -57,7 +58,8 @@ ALLOWED = {
     },
     "backend": {"cache", "calibration", "ops", "passes", "recipes", "report", "rope", *FOUNDATION, *GRAPHS},
     "export": {
-        *("api", "cache", "calibration", "capture", "kernels", "naming", "ops", "recipes", "report", "rope"),
+        *("api", "cache", "calibration", "capture", "kernels", "masks", "naming", "ops", "recipes", "report"),
+        "rope",
         *FOUNDATION,
     },
     "evaluate": {
@@ -88,7 +90,7 @@ ALLOWED = {
         *FOUNDATION,
     },  # the package's own names
 }
-TORCH_ONLY = {"ops", "kernels", "errors", "config", "recipes", "calibration", "passes"}
+TORCH_ONLY = {"ops", "kernels", "masks", "errors", "config", "recipes", "calibration", "passes"}
 
 
 def modules():

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rotatekv_fx import masks
 from rotatekv_fx.cache.codec import Codec, Parts, as_exact, as_it_is
 from rotatekv_fx.cache.sinks import SinkStore
 from rotatekv_fx.cache.stores import GrowingStore, PositionStore, RingStore
@@ -583,7 +584,7 @@ def visible_to_itself(mask: Tensor | None, columns: Tensor) -> Tensor | None:
     if mask is None:
         return None
     itself = mask[:, 0].gather(-1, columns.view(1, -1, 1).expand(mask.shape[0], -1, 1)).squeeze(-1)
-    return itself if mask.dtype is torch.bool else itself > torch.finfo(mask.dtype).min / 2
+    return masks.as_bool(itself)
 
 
 def _is_causal(mask: Tensor, start: int) -> bool:

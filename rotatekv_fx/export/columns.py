@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rotatekv_fx import masks
+
 
 def visible_tokens(mask: Tensor | None, queries: Tensor, total: int) -> Tensor:
     """What the model's mask lets each query see of all tokens, [B or 1, 1, S, T].
@@ -16,7 +18,7 @@ def visible_tokens(mask: Tensor | None, queries: Tensor, total: int) -> Tensor:
     """
     if mask is None:
         return (torch.arange(total, device=queries.device) <= queries[:, None])[None, None]
-    return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return masks.as_bool(mask)
 
 
 def see_themselves(visible: Tensor, queries: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from rotatekv_fx.masks import hidden_below
 from rotatekv_fx.passes.base import Rewrite
 
 aten = torch.ops.aten
@@ -57,4 +58,4 @@ def _valid_tokens(graph: fx.Graph, mask: fx.Node | None) -> fx.Node | None:
     dtype = mask.meta["val"].dtype
     if dtype is torch.bool:
         return itself
-    return graph.call_function(aten.gt.Scalar, (itself, torch.finfo(dtype).min / 2))
+    return graph.call_function(aten.gt.Scalar, (itself, hidden_below(dtype)))

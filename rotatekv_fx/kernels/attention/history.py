@@ -33,6 +33,7 @@ from rotatekv_fx.kernels.quantize.planes import (
     in_words,
     plane_channels,
     plane_factor,
+    wave_width,
     word_at,
 )
 from rotatekv_fx.kernels.quantize.programs import cos_sin
@@ -134,7 +135,7 @@ def attend_history(
     kword, vword, bword = tl.arange(0, KWP), tl.arange(0, VWP), tl.arange(0, 16)
     row = ((batch * units + unit) * R + rows).to(tl.int64)
     plane_ptr += row[None, :] * (KG * PLACES)
-    wave_ptr += row * (2 * PAIRS + 4 if KG > 0 else columns)
+    wave_ptr += row * (wave_width(PAIRS) if KG > 0 else columns)
     inside = rows < R
 
     # Tiles start at multiples of N, so that scales are read in pairs.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rotatekv_fx import masks
 from rotatekv_fx.kernels.held import Held, Scoring
 from rotatekv_fx.kernels.quantize.reference import dequantize, quantize
 
@@ -193,8 +194,7 @@ def _weighted(columns: list[tuple[Tensor, Tensor, Tensor, Tensor]], held: Held, 
         at = numbers - scoring.mask_offset
         known = (at >= 0) & (at < mask.shape[-1])
         said = mask.expand(batch, -1).gather(1, at.clamp(0, mask.shape[-1] - 1))
-        shown = said if mask.dtype is torch.bool else said > torch.finfo(mask.dtype).min / 2
-        visible = visible & known & shown
+        visible = visible & known & masks.as_bool(said)
     if scoring.softcap != 0.0:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if mask is not None and mask.dtype is not torch.bool:

@@ -27,7 +27,7 @@ from rotatekv_fx.kernels.attention.exact import attend_exact
 from rotatekv_fx.kernels.attention.history import attend_history
 from rotatekv_fx.kernels.attention.scores import HIDDEN, LOG2E, LOWEST
 from rotatekv_fx.kernels.held import Held, Scoring
-from rotatekv_fx.kernels.quantize.planes import plane_words, query_width
+from rotatekv_fx.kernels.quantize.planes import plane_words, query_width, wave_width
 from rotatekv_fx.kernels.quantize.programs import quantize_program, turn_program
 from rotatekv_fx.kernels.quantize.triton import launch_step, plane_width, quantizing
 
@@ -252,7 +252,7 @@ def decode(query: Tensor, key: Tensor, value: Tensor, held: Held, scoring: Scori
     places = groups * query_width(held.key_group, held.key_bits)
     rotated = (
         query.new_empty((batch, query_heads, places), dtype=torch.float16),
-        query.new_empty((batch, query_heads, 2 * len(held.key_map[3]) + 4), dtype=torch.float32),
+        query.new_empty((batch, query_heads, wave_width(len(held.key_map[3]))), dtype=torch.float32),
     )
     codes = quantizing(key, value, held)
     launch_step(

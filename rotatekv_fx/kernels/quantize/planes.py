@@ -96,6 +96,14 @@ def store_planes_of(
     tl.store(at + (bit // BITS * WORDS + place)[None, :], (y * factor[None, :]).to(tl.float16), mask=keep)
 
 
+@triton.constexpr_function
+def wave_width(pairs):
+    """Numbers of a query row beside its planes: products with cosines and sines of as many pairs, what takes
+    the row's scale back, and padding to 16 bytes.
+    """
+    return 2 * pairs + 4
+
+
 def plane_words(group: int, bits: int) -> int:
     """Words of a group's codes (of the 2-bit plane at 3 bits), padded to a tensor-core step of 16."""
     return max(16, triton.next_power_of_2(group * (2 if bits == 3 else bits) // 16))

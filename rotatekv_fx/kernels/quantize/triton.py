@@ -17,7 +17,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.held import Held
-from rotatekv_fx.kernels.quantize.planes import QUERY_TOP, plane_words, query_width, store_planes_of
+from rotatekv_fx.kernels.quantize.planes import (
+    QUERY_TOP,
+    plane_words,
+    query_width,
+    store_planes_of,
+    wave_width,
+)
 from rotatekv_fx.kernels.quantize.programs import as_stored, product, quantize_program
 
 
@@ -37,8 +43,8 @@ def _rotate_query(
     COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Query rows of one KV head times its matrix [D, C + 2P], some columns of it, scaled so that none of the
-    first C passes QUERY_TOP. These go to planes; the others to `wave_ptr` in fp32, [B, Hq, 2P + 4], where the
-    next number takes the scale back.
+    first C passes QUERY_TOP. These go to planes; the others to `wave_ptr` in fp32, [B, Hq, wave_width], where
+    the next number takes the scale back.
     """
     WIDTH: tl.constexpr = C + 2 * PAIRS
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
@@ -65,7 +71,7 @@ def _rotate_query(
     else:
         y = scale * product(x, tl.reshape(matrix, [DP, COLUMNS]), tl.zeros([ROWS, COLUMNS], tl.float32))
     query_row = query_row[:, None].to(tl.int64)
-    wave_ptr += query_row * (2 * PAIRS + 4)
+    wave_ptr += query_row * wave_width(PAIRS)
     if part == 0:
         tl.store(wave_ptr + 2 * PAIRS, most[:, None] * (factor / QUERY_TOP), mask=inside)
     if (part + 1) * COLUMNS > C:
