@@ -219,7 +219,10 @@ def measure_tasks(bench: Bench) -> dict[str, Any]:
     models = {UNTRANSFORMED: bench.model}
     for recipe, window in windowed():
         models[f"{recipe}, window {window}"] = bench.transformed(config_of(recipe, 2, window))
-    figures = compare_on_tasks(models, tokenizer, problems, facts, batch=20)
+    with typer.progressbar(length=len(models) * (len(problems) + len(facts)), label="Answering") as bar:
+        figures = compare_on_tasks(
+            models, tokenizer, problems, facts, 20, progress=lambda done, _: bar.update(done - bar.pos)
+        )
     for task, rows in figures.items():
         for row in rows:
             low, high = row["difference"]["interval"]
