@@ -33,8 +33,8 @@ from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
 from rotatekv_fx.kernels.attention.before_rope import decode_before_rope
 from rotatekv_fx.kernels.attention.triton import decode
-from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.held import Held, Scoring
+from rotatekv_fx.recipes.base import hadamard
 
 WINDOW, SLACK, SINKS, PAIRS, HEAD_GROUP = 64, 32, 20, 32, 4
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -56,9 +56,9 @@ class Shape:
         return 4 * self.batch * self.heads * self.context * self.dim
 
 
-def packed_arguments(shape: Shape, bits: int = 2) -> list[object]:
-    """Arguments of `decode` for a filled cache of random codes: recipe `centered`, head_group 1."""
-    b, h, d, held = shape.batch, shape.heads, shape.dim, shape.context - WINDOW + 1
+def packed_arguments(shape: Shape) -> list[object]:
+    """Arguments of `decode` for a filled cache of random codes: recipe `centered`, 2 bits, head_group 1."""
+    b, h, d, held, bits = shape.batch, shape.heads, shape.dim, shape.context - WINDOW + 1, 2
     device = torch.device("cuda")
     group = 128
     unit = max(1, group // d)
@@ -120,8 +120,8 @@ def paper_arguments(shape: Shape) -> list[object]:
     partner = (torch.arange(d) + d // 2) % d
     key_map = [
         torch.randperm(h * d, device=device).int()[None],
-        hadamard(d, torch.float32).sign() / 16,
-        hadamard(HEAD_GROUP, torch.float32) * 16 / d**0.5,
+        hadamard(d).float().sign() / 16,
+        hadamard(HEAD_GROUP).float() * 16 / d**0.5,
         *in_places(partner, torch.ones(d), torch.cat([-theta, theta])),
     ]
     count = torch.tensor(shape.context - 1, device=device)

@@ -86,6 +86,7 @@ def transform(
     recipe = recipes.get(config.recipe)
     _check_model(model)
     matched = _match(model)
+    _check_layers(matched, config)
     if calibration is not None:
         calibration.check(model)  # once the model ran: 4-bit weights may be packed anew when they first do
     _check_matched(model, matched, config)
@@ -300,6 +301,16 @@ def _keep_mergeable(site: AttentionSite, shared: set[int]) -> None:
         site.unmerged[side] = reason
 
 
+def _check_layers(matched: _Matched, config: RotateKVConfig) -> None:
+    known = {found.layer_index for found in (*matched.sites, *matched.rejections)}
+    unknown = sorted(set(config.layers) - known)
+    if known and unknown:
+        raise ConfigError(
+            f"layers has settings for layer {unknown[0]}, and the model's attention layers are "
+            f"{sorted(known)}; leave it out."
+        )
+
+
 def _check_matched(model: nn.Module, matched: _Matched, config: RotateKVConfig) -> None:
     if not matched.sites or (matched.rejections and not config.allow_partial):
         raise MatchError(_no_match(model, matched))
@@ -372,7 +383,10 @@ def _rewrite(
         site.value_dim,
         share_of(site).rank * site.kv_heads,
     )
-    plan = recipes.get(config.recipe).plan(shape, config.for_layer(site.layer_index), statistics)
+    try:
+        plan = recipes.get(config.recipe).plan(shape, config.for_layer(site.layer_index), statistics)
+    except ConfigError as error:
+        raise ConfigError(f"layer {site.layer_index}: {error}") from None
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
     transforms_after_rope = not plan.before_rope and plan.key is not None

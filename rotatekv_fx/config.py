@@ -77,6 +77,13 @@ class RotateKVConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipe, str):
+            raise ConfigError(f"recipe is {self.recipe!r}; use the name of a recipe, as 'centered'.")
+        for name in ("allow_partial", "keep_originals", "debug"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; use True or False.")
+        if self.dump_dir is not None and not isinstance(self.dump_dir, str | Path):
+            raise ConfigError(f"dump_dir is {self.dump_dir!r}; use the path of a folder, or None.")
         for name in ("key_bits", "value_bits"):
             bits = getattr(self, name)
             if type(bits) is not int or bits not in SUPPORTED_BITS:
@@ -92,13 +99,16 @@ class RotateKVConfig:
         if not isinstance(self.layers, Mapping):
             raise ConfigError(f"layers is {self.layers!r}; use a mapping from layer numbers to settings.")
         for layer, settings in self.layers.items():
-            named = isinstance(settings, Mapping) and set(settings) <= LAYER_SETTINGS
-            if type(layer) is not int or layer < 0 or not named:
+            if type(layer) is not int or layer < 0:
+                raise ConfigError(f"layers has the key {layer!r}; use layer numbers from 0.")
+            if not isinstance(settings, Mapping) or not set(settings) <= LAYER_SETTINGS:
                 raise ConfigError(
-                    f"layers[{layer!r}] is {settings!r}; use layer numbers from 0 and names of "
-                    f"{sorted(LAYER_SETTINGS)}."
+                    f"layers[{layer}] is {settings!r}; use a mapping with names of {sorted(LAYER_SETTINGS)}."
                 )
-            self.for_layer(layer)
+            try:
+                self.for_layer(layer)
+            except ConfigError as error:
+                raise ConfigError(f"layers[{layer}]: {error}") from None
         if self.head_group is not None and self.head_group & (self.head_group - 1):
             raise ConfigError(f"head_group is {self.head_group}; use a power of two.")
 

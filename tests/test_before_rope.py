@@ -28,8 +28,8 @@ from rotatekv_fx.cache.layers import PackedLayer
 from rotatekv_fx.errors import ConfigError
 from rotatekv_fx.kernels import tuning
 from rotatekv_fx.kernels.attention import reference
-from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.held import Held, Scoring
+from rotatekv_fx.recipes.base import hadamard
 
 rotatekv = torch.ops.rotatekv
 
@@ -89,7 +89,7 @@ def build(
     def randn(*shape):
         return torch.randn(*shape, generator=g)
 
-    matrix = hadamard(dim, torch.float32).sign() / 8
+    matrix = hadamard(dim).float().sign() / 8
     mixing = (torch.linalg.qr(randn(head_group, head_group))[0] * 8 / dim**0.5).contiguous()
     half = turned // 2
     theta = 10000.0 ** -(torch.arange(half).double() / half)

@@ -92,6 +92,11 @@ def test_head_group_is_a_power_of_two(value):
         pytest.param({"sinks": True}, id="a truth value for a number"),
         pytest.param({"layers": 4}, id="layers that are a number"),
         pytest.param({"layers": {0: 4}}, id="a layer's settings that are a number"),
+        pytest.param({"layers": {"0": {"key_bits": 4}}}, id="a layer's number that is text"),
+        pytest.param({"recipe": 3}, id="a recipe that is a number"),
+        pytest.param({"dump_dir": 5}, id="a folder that is a number"),
+        pytest.param({"debug": "no"}, id="text for a truth value"),
+        pytest.param({"keep_originals": 1}, id="a number for a truth value"),
     ],
 )
 def test_types(settings):
@@ -122,10 +127,10 @@ def test_settings_of_a_layer_come_before_those_of_all():
     [
         ({0: {"sinks": 3}}, r"layers\[0\] is {'sinks': 3}"),
         ({0: {"bits": 3}}, r"layers\[0\] is {'bits': 3}"),
-        ({-1: {"key_bits": 4}}, r"layers\[-1\] is {'key_bits': 4}; use layer numbers from 0"),
-        ({"0": {"key_bits": 4}}, r"layers\['0'\]"),
-        ({2: {"key_bits": 5}}, "key_bits is 5"),
-        ({2: {"value_clip": 1.5}}, "value_clip is 1.5"),
+        ({-1: {"key_bits": 4}}, "layers has the key -1; use layer numbers from 0"),
+        ({"0": {"key_bits": 4}}, "layers has the key '0'; use layer numbers from 0"),
+        ({2: {"key_bits": 5}}, r"layers\[2\]: key_bits is 5; use one of"),
+        ({2: {"value_clip": 1.5}}, r"layers\[2\]: value_clip is 1.5"),
     ],
 )
 def test_refused_settings_of_a_layer(layers, message):

@@ -277,11 +277,11 @@ def test_too_many_tokens_are_refused(centered):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"prompts": []}, InputError, "a prompt is empty"),
-        ({"prompts": [[3], []]}, InputError, "a prompt is empty"),
+        ({"prompts": []}, InputError, "no prompts"),
+        ({"prompts": [[3], []]}, InputError, "prompt 1 is empty"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0"),
         ({"temperature": -1.0}, ConfigError, "temperature is -1.0"),
-        ({"top_p": 0.0}, ConfigError, "top_p 0.0"),
+        ({"top_p": 0.0}, ConfigError, "top_p is 0.0"),
     ],
 )
 def test_settings_of_generation_are_checked(centered, settings, error, message):
@@ -290,12 +290,13 @@ def test_settings_of_generation_are_checked(centered, settings, error, message):
         next(centered[1].generate(**settings))
 
 
-def test_a_newer_format_is_refused():
-    made = Metadata("none", 2, 2, 0, 0, {}, [], 0, 0, 23, {})
+def test_another_format_is_refused():
+    made = Metadata("none", 2, 2, 0, 0, {}, [], 0, 23, {})
     assert Metadata.from_json(made.to_json()) == made
     newer = dataclasses.replace(made, format=made.format + 1)
-    with pytest.raises(ValueError, match="update rotatekv_fx"):
-        Metadata.from_json(newer.to_json())
+    for text, named in ((newer.to_json(), made.format + 1), ("{}", None)):
+        with pytest.raises(InputError, match=f"has format {named}, this package reads {made.format}"):
+            Metadata.from_json(text)
 
 
 # Parts
@@ -335,7 +336,7 @@ def test_the_mean_follows_from_features(name):
 
 @pytest.mark.parametrize(("length", "pieces"), [(1, [1]), (8, [4, 4]), (9, [4, 3, 2]), (11, [4, 4, 3])])
 def test_prompts_are_cut_without_a_single_last_token(length, pieces):
-    parts = generation._pieces(length, 4)
+    parts = generation.pieces(length, 4)
     assert [part.stop - part.start for part in parts] == pieces
     assert parts[0].start == 0
     assert parts[-1].stop == length

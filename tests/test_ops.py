@@ -9,8 +9,8 @@ import torch
 
 from rotatekv_fx import ops
 from rotatekv_fx.errors import ConfigError
-from rotatekv_fx.kernels.hadamard.reference import hadamard
 from rotatekv_fx.kernels.quantize.reference import packed_bytes
+from rotatekv_fx.recipes.base import hadamard
 
 rotatekv = torch.ops.rotatekv
 OPS = [

@@ -465,6 +465,11 @@ def test_allow_partial_transforms_the_others(partly_odd, recipe):
         ({"recipe": "papre"}, "recipe 'papre' is unknown; use one of"),
         ({"recipe": "paper", "group_size": 48}, "group_size 48 does not divide the 64 channels"),
         ({"recipe": "paper", "head_group": 4}, "head_group 4 does not divide the 2 KV heads"),
+        ({"layers": {0: {"group_size": 48}}}, "layer 0: group_size 48 does not divide the 64 channels"),
+        (
+            {"layers": {0: {"key_bits": 4}, 9: {"key_bits": 8}}},
+            r"settings for layer 9, and the model's attention layers are \[0\]; leave it out",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):

@@ -44,10 +44,6 @@ class _Field:
     def is_history(self) -> bool:
         return self.result.startswith("new.")
 
-    @property
-    def is_recent(self) -> bool:
-        return ".recent_" in self.past
-
 
 class Decoder:
     """An exported model in a session.
@@ -165,7 +161,7 @@ class Decoder:
         ends = np.asarray(self.metadata.eos if eos is None else eos, dtype=np.int64)
         cache = self.cache(len(prompts), ids.shape[1] + max_new_tokens)
         rng = np.random.default_rng(seed)
-        for part in _pieces(ids.shape[1], chunk):
+        for part in pieces(ids.shape[1], chunk):
             logits = cache.step(ids[:, part], mask[:, part])
         ended = np.zeros(len(prompts), dtype=bool)
         for index in range(max_new_tokens):
@@ -324,7 +320,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, n
     return ids, mask
 
 
-def _pieces(length: int, chunk: int) -> list[slice]:
+def pieces(length: int, chunk: int) -> list[slice]:
     """A prompt in pieces; the last is no single token, which would be none of the prompt's for the graph."""
     starts = list(range(0, length, chunk))
     if length > chunk > 2 and length - starts[-1] == 1:
@@ -349,11 +345,15 @@ def _choose(logits: np.ndarray, temperature: float, top_p: float, rng: np.random
 def _check(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, chunk: int
 ) -> None:
-    if not prompts or not all(len(p) for p in prompts):
-        raise InputError("a prompt is empty; give at least one token each.")
-    if max_new_tokens < 1 or chunk < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens} and chunk {chunk}; use at least 1.")
-    if temperature < 0.0 or not 0.0 < top_p <= 1.0:
-        raise ConfigError(
-            f"temperature is {temperature} and top_p {top_p}; use at least 0, and above 0 up to 1."
-        )
+    if not prompts:
+        raise InputError("there are no prompts; give at least one.")
+    empty = [i for i, prompt in enumerate(prompts) if not len(prompt)]
+    if empty:
+        raise InputError(f"prompt {empty[0]} is empty; give at least one token each.")
+    for name, number in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        if number < 1:
+            raise ConfigError(f"{name} is {number}; use at least 1.")
+    if temperature < 0.0:
+        raise ConfigError(f"temperature is {temperature}; use at least 0, which is greedy.")
+    if not 0.0 < top_p <= 1.0:
+        raise ConfigError(f"top_p is {top_p}; use a number above 0 and at most 1.")

@@ -212,8 +212,8 @@ def _derive_inputs(model: onnx.ModelProto, window: int) -> None:
     """
     graph = model.graph
 
-    def number(name: str, value: int, shape: tuple[int, ...] = ()) -> Any:
-        return helper.make_tensor(name, TensorProto.INT64, shape, [value])
+    def number(name: str, value: int) -> Any:
+        return helper.make_tensor(name, TensorProto.INT64, (), [value])
 
     first = next((i.name for i in graph.input if ".recent_" in i.name), None)
     nodes = [
@@ -382,7 +382,6 @@ def _metadata(
         sliding={str(i): kinds[i].sliding_window for i, r in runtimes.items() if r.sliding},
         eos=eos,
         pad=pad if pad is not None else eos[0] if eos else 0,
-        max_positions=getattr(text, "max_position_embeddings", 0) or 0,
         opset=opset,
         versions={name: version(name) for name in ("rotatekv-fx", "torch", "transformers", "onnx")},
     )

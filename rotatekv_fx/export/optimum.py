@@ -19,7 +19,7 @@ from optimum.onnxruntime import ORTModelForCausalLM
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from rotatekv_fx.export.generation import PREFILL_CHUNK, Cache, Decoder
+from rotatekv_fx.export.generation import PREFILL_CHUNK, Cache, Decoder, pieces
 
 
 class PackedModelForCausalLM(ORTModelForCausalLM):
@@ -54,8 +54,7 @@ class PackedModelForCausalLM(ORTModelForCausalLM):
         batch, new = input_ids.shape
         cache = past_key_values or self.decoder.cache(batch, self.capacity)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -new:]
-        for start in range(0, new, PREFILL_CHUNK):
-            part = slice(start, start + PREFILL_CHUNK)
+        for part in pieces(new, PREFILL_CHUNK):
             logits = cache.step(input_ids[:, part].cpu().numpy(), mask[:, part].cpu().numpy())
         return CausalLMOutputWithPast(
             logits=torch.from_numpy(logits).to(input_ids.device), past_key_values=cache

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+from rotatekv_fx.errors import InputError
+
 MODEL_FILE = "model.onnx"
 METADATA_KEY = "rotatekv"
 FORMAT = 1
@@ -20,7 +22,6 @@ class Metadata:
         sinks: exact tokens of the prompt, at most.
         sliding: by layer, the sliding window of the model's own attention, where it has one.
         eos, pad: token ids.
-        max_positions: tokens the model was made for, or 0 if it does not say.
         opset: of the graph.
         versions: of the packages that made it.
     """
@@ -33,7 +34,6 @@ class Metadata:
     sliding: dict[str, int]
     eos: list[int]
     pad: int
-    max_positions: int
     opset: int
     versions: dict[str, str]
     format: int = FORMAT
@@ -47,12 +47,13 @@ class Metadata:
         """From text.
 
         Raises:
-            ValueError: it was written by a newer version of the package.
+            InputError: it was written by another version of the package, or by something else.
         """
         fields = json.loads(text)
-        if fields["format"] > FORMAT:
-            raise ValueError(
-                f"the graph has format {fields['format']}, this package reads {FORMAT}; update rotatekv_fx."
+        if fields.get("format") != FORMAT:
+            raise InputError(
+                f"the graph's metadata has format {fields.get('format')}, this package reads {FORMAT}; "
+                "export the model again, or use the version that did."
             )
         return cls(**fields)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from rotatekv_fx.calibration import LayerStatistics
-from rotatekv_fx.config import RotateKVConfig
+from rotatekv_fx.config import RotateKVConfig, resolve_group_size
 from rotatekv_fx.errors import ConfigError
 
 
@@ -116,6 +118,48 @@ class Recipe(Protocol):
 def window_of(recipe: Recipe, config: RotateKVConfig) -> int:
     """Recent tokens kept exact: the config's, or the recipe's own number."""
     return recipe.default_window if config.window is None else config.window
+
+
+def rotated_heads(requested: int | None, most: int, kv_heads: int) -> int:
+    """KV heads rotated together: as many as requested, or the largest power of two up to `most`.
+
+    Args:
+        requested: `RotateKVConfig.head_group`.
+        most: the recipe's own number, a power of two; less where it does not divide Hkv.
+        kv_heads: Hkv.
+
+    Raises:
+        ConfigError: the requested number does not divide Hkv.
+    """
+    if requested is None:
+        return math.gcd(most, kv_heads)
+    if kv_heads % requested:
+        raise ConfigError(f"head_group {requested} does not divide the {kv_heads} KV heads; use a divisor.")
+    return requested
+
+
+def quantizers(
+    config: RotateKVConfig, shape: LayerShape, clips: Mapping[int, float], scheme: str
+) -> tuple[Quantizer, Quantizer]:
+    """Quantizers of one layer's keys and values.
+
+    Args:
+        clips: the recipe's own clip, by bits, where the config has none.
+        scheme: "midpoint" or "zero_point".
+
+    Raises:
+        ConfigError: group_size does not divide the channels of all heads.
+    """
+    keys, values = shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim
+    sides = (
+        (config.key_bits, config.key_clip, keys),
+        (config.value_bits, config.value_clip, values),
+    )
+    key, value = (
+        Quantizer(bits, resolve_group_size(config.group_size, channels), clip or clips[bits], scheme)
+        for bits, clip, channels in sides
+    )
+    return key, value
 
 
 _REGISTRY: dict[str, Recipe] = {}

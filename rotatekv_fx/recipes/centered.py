@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from rotatekv_fx.calibration import LayerStatistics
-from rotatekv_fx.config import RotateKVConfig, resolve_group_size
-from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.recipes.base import (
     ChannelTransform,
     LayerPlan,
     LayerShape,
-    Quantizer,
     hadamard,
+    quantizers,
     register,
+    rotated_heads,
     window_of,
 )
 
@@ -56,7 +56,7 @@ class CenteredRecipe:
         assert statistics is not None
         mean = kept_mean(statistics, config.mean_channels)[shape.own]  # channels chosen for all heads alike
         statistics = statistics.of_heads(shape.own)
-        heads = _head_group(config.head_group, shape)
+        heads = rotated_heads(config.head_group, HEAD_GROUP, shape.kv_heads)
         query = statistics.query_second / statistics.kept
         pairs = zip(centered_second(statistics, mean), query, strict=True)
         key = _across_heads(torch.stack([whitening(*pair, self.power) for pair in pairs]), heads)
@@ -67,18 +67,15 @@ class CenteredRecipe:
         pairs = zip(value_covariance, statistics.value_weight, strict=True)
         matrix = torch.stack([whitening(*pair, self.power) for pair in pairs])
         value = ChannelTransform(matrix, torch.linalg.inv(matrix))
+        key_quantizer, value_quantizer = quantizers(config, shape, CLIP, "midpoint")
         return LayerPlan(
             center=mean,
             key=key,
             value=value,
             key_feedback=feedback(key, query) if self.compensates else None,
             value_feedback=feedback(value, statistics.value_weight) if self.compensates else None,
-            key_quantizer=_quantizer(
-                config.key_bits, config.key_clip, config.group_size, shape.kv_heads * shape.head_dim
-            ),
-            value_quantizer=_quantizer(
-                config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
-            ),
+            key_quantizer=key_quantizer,
+            value_quantizer=value_quantizer,
             sinks=config.sinks,
             window=window_of(self, config),
             slack=config.slack,
@@ -185,17 +182,6 @@ def _across_heads(per_head: Tensor, heads: int) -> ChannelTransform:
     blocks = [torch.block_diag(*group) @ mix for group in per_head.split(heads)]
     inverses = [mix.mT @ torch.block_diag(*torch.linalg.inv(group)) for group in per_head.split(heads)]
     return ChannelTransform(torch.stack(blocks), torch.stack(inverses))
-
-
-def _head_group(requested: int | None, shape: LayerShape) -> int:
-    group = HEAD_GROUP if requested is None else requested
-    if shape.kv_heads % group:
-        raise ConfigError(f"head_group {group} does not divide the {shape.kv_heads} KV heads; use a divisor.")
-    return group
-
-
-def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
-    return Quantizer(bits, resolve_group_size(group_size, channels), clip or CLIP[bits], "midpoint")
 
 
 register(CenteredRecipe())

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 
 from rotatekv_fx.calibration import LayerStatistics
-from rotatekv_fx.config import RotateKVConfig, resolve_group_size
-from rotatekv_fx.errors import ConfigError
+from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.recipes.base import (
     ChannelTransform,
     LayerPlan,
     LayerShape,
-    Quantizer,
     hadamard,
+    quantizers,
     register,
+    rotated_heads,
     window_of,
 )
 
 HEAD_GROUP = 4
+CLIP = {2: 0.8, 3: 1.0, 4: 1.0, 8: 1.0}  # share of a group's range that the codes span, by bits
 
 
 class PaperRecipe:
-    """Grouped-head rotation before RoPE, channel reordering after it, zero-point codes, exact sinks."""
+    """Grouped-head rotation before RoPE, then channels reordered; zero-point codes, exact sinks."""
 
     name = "paper"
     needs_calibration = True
@@ -40,38 +41,22 @@ class PaperRecipe:
             ConfigError: head_group does not divide the KV heads, or group_size not the channels.
         """
         assert statistics is not None
-        heads = _head_group(config.head_group, shape.kv_heads)
+        heads = rotated_heads(config.head_group, HEAD_GROUP, shape.kv_heads)
         rotation = hadamard(heads * shape.head_dim).unsqueeze(0)
         rotated = ChannelTransform(rotation, rotation.mT).apply(statistics.key_sum[shape.own].flatten())
         order = torch.argsort(rotated, stable=True)
         value_rotation = hadamard(shape.value_dim).unsqueeze(0)
+        key_quantizer, value_quantizer = quantizers(config, shape, CLIP, "zero_point")
         return LayerPlan(
             before_rope=True,
             key=ChannelTransform(rotation, rotation.mT, order),
             value=ChannelTransform(value_rotation, value_rotation.mT),
-            key_quantizer=_quantizer(
-                config.key_bits, config.key_clip, config.group_size, shape.kv_heads * shape.head_dim
-            ),
-            value_quantizer=_quantizer(
-                config.value_bits, config.value_clip, config.group_size, shape.kv_heads * shape.value_dim
-            ),
+            key_quantizer=key_quantizer,
+            value_quantizer=value_quantizer,
             sinks=config.sinks,
             window=window_of(self, config),
             slack=config.slack,
         )
-
-
-def _head_group(requested: int | None, kv_heads: int) -> int:
-    if requested is None:
-        return next(g for g in (HEAD_GROUP, 2, 1) if kv_heads % g == 0)
-    if kv_heads % requested:
-        raise ConfigError(f"head_group {requested} does not divide the {kv_heads} KV heads; use a divisor.")
-    return requested
-
-
-def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
-    default_clip = 0.8 if bits == 2 else 1.0
-    return Quantizer(bits, resolve_group_size(group_size, channels), clip or default_clip, "zero_point")
 
 
 register(PaperRecipe())

@@ -7,15 +7,18 @@ the cache is 0.95; at 2 bits 0.8 is used, which serves rotated channels better t
 from __future__ import annotations
 
 from rotatekv_fx.calibration import LayerStatistics
-from rotatekv_fx.config import RotateKVConfig, resolve_group_size
+from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.recipes.base import (
     ChannelTransform,
     LayerPlan,
     LayerShape,
-    Quantizer,
     hadamard,
+    quantizers,
     register,
+    window_of,
 )
+
+CLIP = {2: 0.8, 3: 0.95, 4: 0.95, 8: 0.95}  # share of a group's range that the codes span, by bits
 
 
 class QuaRotRecipe:
@@ -37,13 +40,13 @@ class QuaRotRecipe:
         Raises:
             ConfigError: group_size does not divide the channels.
         """
-        keys, values = shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim
+        key_quantizer, value_quantizer = quantizers(config, shape, CLIP, "zero_point")
         return LayerPlan(
             key=_rotation(shape.head_dim),
             value=_rotation(shape.value_dim),
-            key_quantizer=_quantizer(config.key_bits, config.key_clip, config.group_size, keys),
-            value_quantizer=_quantizer(config.value_bits, config.value_clip, config.group_size, values),
-            window=config.window or 0,
+            key_quantizer=key_quantizer,
+            value_quantizer=value_quantizer,
+            window=window_of(self, config),
             slack=config.slack,
         )
 
@@ -51,11 +54,6 @@ class QuaRotRecipe:
 def _rotation(dim: int) -> ChannelTransform:
     matrix = hadamard(dim).unsqueeze(0)
     return ChannelTransform(matrix, matrix.mT)
-
-
-def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
-    default_clip = 0.8 if bits == 2 else 0.95
-    return Quantizer(bits, resolve_group_size(group_size, channels), clip or default_clip, "zero_point")
 
 
 register(QuaRotRecipe())

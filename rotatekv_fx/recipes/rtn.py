@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from rotatekv_fx.calibration import LayerStatistics
-from rotatekv_fx.config import RotateKVConfig, resolve_group_size
-from rotatekv_fx.recipes.base import LayerPlan, LayerShape, Quantizer, register
+from rotatekv_fx.config import SUPPORTED_BITS, RotateKVConfig
+from rotatekv_fx.recipes.base import LayerPlan, LayerShape, quantizers, register, window_of
+
+CLIP = dict.fromkeys(SUPPORTED_BITS, 1.0)  # share of a group's range that the codes span, by bits
 
 
 class RoundToNearestRecipe:
@@ -26,17 +28,13 @@ class RoundToNearestRecipe:
         Raises:
             ConfigError: group_size does not divide the channels.
         """
-        keys, values = shape.kv_heads * shape.head_dim, shape.kv_heads * shape.value_dim
+        key_quantizer, value_quantizer = quantizers(config, shape, CLIP, "midpoint")
         return LayerPlan(
-            key_quantizer=_quantizer(config.key_bits, config.key_clip, config.group_size, keys),
-            value_quantizer=_quantizer(config.value_bits, config.value_clip, config.group_size, values),
-            window=config.window or 0,
+            key_quantizer=key_quantizer,
+            value_quantizer=value_quantizer,
+            window=window_of(self, config),
             slack=config.slack,
         )
-
-
-def _quantizer(bits: int, clip: float | None, group_size: int | None, channels: int) -> Quantizer:
-    return Quantizer(bits, resolve_group_size(group_size, channels), clip or 1.0, "midpoint")
 
 
 register(RoundToNearestRecipe())

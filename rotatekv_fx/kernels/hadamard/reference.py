@@ -1,52 +1,9 @@
-"""Hadamard matrices and the rotation of grouped heads, in plain torch."""
+"""Rotation of grouped heads, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from rotatekv_fx.errors import ConfigError
-
-
-def hadamard(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Sylvester's Walsh-Hadamard matrix divided by sqrt(n): symmetric, orthogonal, its own inverse.
-
-    Args:
-        n: order, a power of two.
-
-    Returns:
-        [n, n], computed in float64 and rounded once to `dtype`.
-
-    Raises:
-        ConfigError: `n` is not a power of two.
-    """
-    if n < 1 or n & (n - 1):
-        raise ConfigError(
-            f"hadamard order is {n}; use a power of two, or hadamard_or_block for other orders."
-        )
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
-    while matrix.shape[0] < n:
-        matrix = torch.kron(pair, matrix)
-    return (matrix / n**0.5).to(dtype)
-
-
-def hadamard_or_block(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`hadamard(n)` for a power of two; for n = 2^a * c with c odd, c copies of H_{2^a} on the diagonal.
-
-    Args:
-        n: order, at least 1.
-
-    Returns:
-        [n, n], symmetric and orthogonal.
-
-    Raises:
-        ConfigError: `n` is below 1.
-    """
-    if n < 1:
-        raise ConfigError(f"hadamard order is {n}; use a whole number of at least 1.")
-    power = n & -n
-    return torch.block_diag(*[hadamard(power, dtype)] * (n // power))
 
 
 def rotate(x: Tensor, matrix: Tensor, order: Tensor | None, inverse: bool) -> Tensor:

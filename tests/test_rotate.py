@@ -1,4 +1,4 @@
-"""Hadamard matrices and the op `rotate`, against plain loops."""
+"""The op `rotate`, against plain loops."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,9 @@ import torch
 
 from rotatekv_fx import ops  # noqa: F401  (registers the ops)
 from rotatekv_fx.errors import ConfigError
-from rotatekv_fx.kernels.hadamard.reference import hadamard, hadamard_or_block
+from rotatekv_fx.recipes.base import hadamard
 
 rotate = torch.ops.rotatekv.rotate
-
-
-def sylvester(n):
-    """Entry (i, j) is (-1)^popcount(i & j) / sqrt(n)."""
-    return np.array([[(-1.0) ** bin(i & j).count("1") for j in range(n)] for i in range(n)]) / n**0.5
 
 
 def rotate_by_loops(x, matrix, order, inverse):
@@ -41,36 +36,6 @@ def rotate_by_loops(x, matrix, order, inverse):
 
 def relative_rms(actual, expected):
     return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-@pytest.mark.parametrize("n", [1, 2, 8, 64, 256])
-def test_hadamard_is_sylvester_and_orthogonal(n):
-    matrix = hadamard(n)
-    assert matrix.dtype == torch.float64
-    np.testing.assert_allclose(matrix.numpy(), sylvester(n), atol=1e-15)
-    torch.testing.assert_close(matrix @ matrix, torch.eye(n, dtype=torch.float64), atol=1e-13, rtol=0)
-
-
-def test_hadamard_is_rounded_once_from_float64():
-    assert torch.equal(hadamard(128, torch.bfloat16), hadamard(128).to(torch.bfloat16))
-    assert torch.equal(hadamard_or_block(96, torch.float32), hadamard_or_block(96).float())
-
-
-@pytest.mark.parametrize(("n", "power"), [(96, 32), (80, 16), (65, 1), (24, 8), (64, 64)])
-def test_block_hadamard_holds_copies_of_the_largest_power(n, power):
-    expected = np.zeros((n, n))
-    for start in range(0, n, power):
-        expected[start : start + power, start : start + power] = sylvester(power)
-    np.testing.assert_allclose(hadamard_or_block(n).numpy(), expected, atol=1e-15)
-
-
-@pytest.mark.parametrize("n", [0, -4, 12])
-def test_bad_order_names_the_value(n):
-    with pytest.raises(ConfigError, match=f"order is {n}"):
-        hadamard(n)
-    if n < 1:
-        with pytest.raises(ConfigError, match=f"order is {n}"):
-            hadamard_or_block(n)
 
 
 # (batch, heads, tokens, dim, blocks in the matrix, m): blocks of several heads, of part of one, across heads.
