@@ -110,7 +110,9 @@ class Calibration:
         try:
             save_file(tensors, str(path), metadata={"rotatekv": json.dumps(header)})
         except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"calibration file {path} cannot be written: {error}") from error
+            raise CalibrationError(
+                f"calibration file {path} cannot be written; give a file in a folder that can: {error}"
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -431,7 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RotateKVError as error:
         return _fail(str(error))
     except _UsageError as error:
-        return _fail(f"{error.format_message().rstrip('.')}. See rotatekv --help.")
+        command = "rotatekv" if error.ctx is None else error.ctx.command_path
+        message = error.format_message()
+        return _fail(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {command} --help.")
     except OSError as error:
         return _fail(f"{error.filename or 'System error'}: {error.strerror or error}")
     except (KeyboardInterrupt, typer.Abort):

@@ -83,5 +83,7 @@ def _calibration(model: Any, file: str) -> Calibration:
     try:
         path = cached_file(location, file, revision=revision)
     except OSError as error:
-        raise CalibrationError(f"{location} holds no {file}, which its config.json names: {error}") from error
+        raise CalibrationError(
+            f"{location} holds no {file}, which its config.json names; save the model again: {error}"
+        ) from error
     return Calibration.load(path)

@@ -27,7 +27,7 @@ def cache_argument(model: nn.Module) -> str:
         return _NAMES[-1]
     raise InputError(
         f"{type(model).__name__}.forward takes neither {' nor '.join(_NAMES)}: it is not a decoder with a KV "
-        "cache."
+        "cache; give one, such as those of AutoModelForCausalLM."
     )
 
 

@@ -58,8 +58,9 @@ class Answers:
         }
 
 
-def wilson(right: int, cases: int, z: float = 1.96) -> list[float]:
-    """Score interval of a proportion, in percent (E. B. Wilson, 1927)."""
+def wilson(right: int, cases: int) -> list[float]:
+    """95% score interval of a proportion, in percent (E. B. Wilson, 1927)."""
+    z = 1.96
     share, weight = right / cases, z * z / cases
     middle = (share + weight / 2) / (1 + weight)
     half = z * math.sqrt(share * (1 - share) / cases + weight / (4 * cases)) / (1 + weight)

@@ -36,7 +36,10 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
             location, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True
         )
     except Exception as error:  # a damaged or foreign checkpoint can fail in any way
-        raise InputError(f"Cannot load {name} as a causal language model: {_first_line(error)}") from error
+        raise InputError(
+            f"Cannot load {name} as a causal language model; give the folder or hub id of one: "
+            f"{_first_line(error)}"
+        ) from error
     model, found = loaded
     with contextlib.suppress(StateError):  # saved after transform(): commands transform it as they are told
         restore(model)
@@ -62,7 +65,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(location)
     except Exception as error:  # as for models
-        raise InputError(f"Cannot load the tokenizer of {name}: {_first_line(error)}") from error
+        raise InputError(
+            f"Cannot load the tokenizer of {name}; save one beside the model: {_first_line(error)}"
+        ) from error
 
 
 def check_context(model: PreTrainedModel, tokens: int) -> None:
@@ -107,7 +112,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The device {name!r} cannot be used: {_first_line(error)}") from error
+        raise InputError(
+            f"The device {name!r} cannot be used; give cpu, cuda or cuda:1: {_first_line(error)}"
+        ) from error
     return device
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 
 from rotatekv_fx.errors import InputError
 
+_FACTS = 4  # of a case of recall
+
 
 def _words(text: str) -> list[str]:
     return text.split()
@@ -114,17 +116,15 @@ def recall_case(
     length: int,
     tokens: CountTokens,
     depth: float | None = None,
-    facts: int = 4,
 ) -> Case:
     """Facts among about `length` tokens of running text, and a question for one of them.
 
     Args:
         sentences: filler, of `filler_sentences`; a run of them from a random place is used.
         depth: share of the filler before the fact asked for; None puts it anywhere.
-        facts: how many there are.
     """
     known: dict[str, str] = {}
-    while len(known) < facts:
+    while len(known) < _FACTS:
         key = f"{rng.choice(COLORS)} {rng.choice(ITEMS).removesuffix('s')} in {rng.choice(CITIES)}"
         known.setdefault(key, str(rng.randint(10000, 99999)))
     stated = {key: f"The code of the {key} is {value}." for key, value in known.items()}

@@ -273,7 +273,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise RotateKVError(f"the exported graph is not valid ONNX: {error}") from error
+        raise RotateKVError(f"the exported graph is not valid ONNX; try another opset: {error}") from error
 
 
 def _check_graph(model: nn.Module, folder: Path) -> None:
@@ -348,11 +348,14 @@ def _check_runtimes(model: nn.Module, runtimes: dict[int, ExportRuntime]) -> Non
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if len(runtimes) != layers:
         raise StateError(
-            f"{layers - len(runtimes)} of {layers} layers were not transformed; the graph needs all."
+            f"{layers - len(runtimes)} of {layers} layers were not transformed, and the graph needs all; "
+            "rotatekv_fx.report(model) says why."
         )
     for index, layer in enumerate(DynamicCache(config=model.config).layers):
         if isinstance(layer, LinearAttentionLayer):
-            raise StateError(f"layer {index} keeps a state beside keys and values, which the graph has not.")
+            raise StateError(
+                f"layer {index} keeps a state beside keys and values; such models cannot be exported."
+            )
     for index, runtime in runtimes.items():
         if runtime.positions.stored and runtime.positions.description != "ids":
             raise StateError(
@@ -360,7 +363,9 @@ def _check_runtimes(model: nn.Module, runtimes: dict[int, ExportRuntime]) -> Non
                 "token's position (dynamic RoPE scaling); such models cannot be exported."
             )
         if runtime.spec.exact_dtype is torch.bfloat16:
-            raise StateError(f"layer {index} keeps exact tokens in bfloat16, which NumPy has not.")
+            raise StateError(
+                f"layer {index} keeps exact tokens in bfloat16, unknown to NumPy; load the model in float32."
+            )
 
 
 def _metadata(
