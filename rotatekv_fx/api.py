@@ -26,7 +26,7 @@ from rotatekv_fx.cache import (
 from rotatekv_fx.cache.codec import Codec
 from rotatekv_fx.calibration import Calibration, LayerStatistics, exact_dtype, model_fingerprint
 from rotatekv_fx.capture import Capture, capture
-from rotatekv_fx.collect import Progress, collect
+from rotatekv_fx.collect import Progress, collect, progress_bar
 from rotatekv_fx.config import RotateKVConfig
 from rotatekv_fx.errors import CalibrationError, ConfigError, InputError, MatchError, StateError
 from rotatekv_fx.opaque import is_plain
@@ -95,10 +95,12 @@ def transform(
     matched = _fitting(matched, config, calibration)
     _check_matched(model, matched, config)
     bindings, reports = [], []
-    for site in matched.sites:
-        binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
-        bindings.append(binding)
-        reports.append(site_report)
+    with progress_bar("transform") as advance:
+        for site in matched.sites:
+            binding, site_report = _rewrite(site, matched.positions[site.layer_index], config, calibration)
+            bindings.append(binding)
+            reports.append(site_report)
+            advance(len(reports), len(matched.sites))
     fingerprint = calibration.fingerprint if calibration is not None else model_fingerprint(model)
     originals = _bind_all(model, bindings, config.keep_originals)
     kept = sum(t.nbytes for o in originals for t in (o.parameters or {}).values())
@@ -256,7 +258,8 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _match(model: nn.Module) -> _Matched:
-    captures = capture(model)
+    with progress_bar("trace") as advance:
+        captures = capture(model, advance)
     for one in captures:
         if isinstance(one, Capture):
             normalize(one)

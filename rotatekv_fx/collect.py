@@ -187,7 +187,7 @@ def collect(
     takes = inspect.signature(model.forward).parameters
     last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     uncompiled = torch.compiler.set_stance("force_eager")  # hooks collect
-    with observed(sites, sums), _bar("calibrate", progress) as advance, torch.no_grad(), uncompiled:
+    with observed(sites, sums), progress_bar("calibrate", progress) as advance, torch.no_grad(), uncompiled:
         for window in data:
             row = _row(model, window)
             model(input_ids=row, use_cache=False, **last_logits_only)
@@ -285,7 +285,7 @@ def generate_windows(model: nn.Module, seed: int = 0, progress: Progress | None 
     length = min(GENERATED_LENGTH, getattr(config, "max_position_embeddings", None) or GENERATED_LENGTH)
     device = model.get_input_embeddings().weight.device
     ids = torch.full((GENERATED_WINDOWS, 1), start, device=device)
-    with torch.random.fork_rng(), _bar("generate calibration text", progress) as advance:
+    with torch.random.fork_rng(), progress_bar("generate calibration text", progress) as advance:
         torch.manual_seed(seed)
         windows = model.generate(
             ids,
@@ -304,7 +304,7 @@ def generate_windows(model: nn.Module, seed: int = 0, progress: Progress | None 
 
 
 @contextlib.contextmanager
-def _bar(label: str, progress: Progress | None) -> Iterator[Progress]:
+def progress_bar(label: str, progress: Progress | None = None) -> Iterator[Progress]:
     """The caller's progress function, or a bar of transformers' own kind (its settings can turn it off)."""
     if progress is not None:
         yield progress
