@@ -172,7 +172,8 @@ def calibrate(
 
     Args:
         model: the untransformed model.
-        data: windows of token ids, each [T] or [1, T]; None lets the model write 12 windows of 1,024 tokens.
+        data: windows of token ids, each [T] or [1, T], best as long as the prompts to come: shorter ones cost
+            recall of what stands far back. None lets the model write 12 windows of 1,024 tokens.
         seed: of self-generated text.
         progress: called as progress(done, total); None shows a progress bar.
 
