@@ -294,8 +294,6 @@ def test_a_cache_past_two_gigabytes():
             torch.testing.assert_close(now[:, leaving], wanted[:, leaving], rtol=5e-3, atol=1e-3)
 
 
-@needs_gpu
-@pytest.mark.gpu
 def compiled_kernels():
     """How many times each kernel of a decoding step was compiled."""
     from rotatekv_fx.kernels.attention import triton as kernels

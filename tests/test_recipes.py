@@ -91,13 +91,13 @@ def test_recipe_none_plans_nothing():
 # Parts of a plan
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 32, 128, 512])
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 32, 64, 128, 256, 512])
 def test_hadamard(size):
     assert hadamard(size).dtype is torch.float64
     torch.testing.assert_close(hadamard(size), walsh(size), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize(("size", "block"), [(6, 2), (48, 16), (80, 16), (96, 32), (7, 1)])
+@pytest.mark.parametrize(("size", "block"), [(6, 2), (24, 8), (48, 16), (80, 16), (96, 32), (7, 1), (65, 1)])
 def test_hadamard_of_other_sizes_is_block_diagonal(size, block):
     expected = torch.block_diag(*[walsh(block)] * (size // block))
     torch.testing.assert_close(hadamard(size), expected, rtol=0, atol=1e-14)
