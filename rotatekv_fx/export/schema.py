@@ -9,7 +9,7 @@ from rotatekv_fx.errors import InputError
 
 MODEL_FILE = "model.onnx"
 METADATA_KEY = "rotatekv"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
