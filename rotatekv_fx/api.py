@@ -387,10 +387,7 @@ def _rewrite(
         site.value_dim,
         share_of(site).rank * site.kv_heads,
     )
-    try:
-        plan = recipes.get(config.recipe).plan(shape, config.for_layer(site.layer_index), statistics)
-    except ConfigError as error:
-        raise ConfigError(f"layer {site.layer_index}: {error}") from None
+    plan = recipes.plan_layer(config, shape, statistics)
     if not plan.before_rope and plan.center is None:
         positions = PositionPlan((), (), [])
     transforms_after_rope = not plan.before_rope and plan.key is not None

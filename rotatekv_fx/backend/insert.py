@@ -166,7 +166,7 @@ def _rewrite(
     config = options.config
     site.key_projection = site.value_projection = site.output_projection = None
     with unset_fake_temporarily():
-        plan = recipes.get(config.recipe).plan(shape, config.for_layer(index), statistics)
+        plan = recipes.plan_layer(config, shape, statistics)
         if site.hidden_example.shape[1] == 1:
             plan = dataclasses.replace(plan, sinks=0)  # the packed cache chooses them among several tokens
         rewrite = Rewrite(site, plan, exact_dtype=exact_dtype(site.hidden_example.dtype, statistics))

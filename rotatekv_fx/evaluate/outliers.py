@@ -86,13 +86,11 @@ def key_outliers(
         that it sorts count in their new places.
     """
     sites = attention_sites(model)
-    recipe, energies = recipes.get(config.recipe), {}
+    energies = {}
     for site in sites:
         shape = LayerShape(site.layer_index, site.kv_heads, site.query_heads, site.head_dim, site.value_dim)
         statistics = calibration.layers[site.layer_index] if calibration is not None else None
-        energies[site.layer_index] = _Energy(
-            site, recipe.plan(shape, config.for_layer(site.layer_index), statistics)
-        )
+        energies[site.layer_index] = _Energy(site, recipes.plan_layer(config, shape, statistics))
     with observed(sites, energies):
         for window in windows:
             model(input_ids=window.to(model.device), use_cache=False)

@@ -69,7 +69,8 @@ def finish_warps(block: int) -> int:
 
 def combine_block(parts: int, channels: int) -> tuple[int, int]:
     """Parts and channels that a combining program of `finish_kernel` reads at a time: of few sizes, as the
-    kernel is compiled for each that a growing cache comes to."""
+    kernel is compiled for each that a growing cache comes to.
+    """
     block = 16 if parts <= 16 else 64 if parts <= 64 else 256
     whole = 1 << max(0, channels - 1).bit_length()
     return block, whole if block <= 16 else min(32, whole)

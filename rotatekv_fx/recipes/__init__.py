@@ -9,6 +9,7 @@ from rotatekv_fx.recipes.base import (
     Recipe,
     get,
     names,
+    plan_layer,
     register,
     window_of,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "names",
     "none",
     "paper",
+    "plan_layer",
     "quarot",
     "register",
     "rtn",

@@ -187,6 +187,19 @@ def get(name: str) -> Recipe:
     return _REGISTRY[name]
 
 
+def plan_layer(config: RotateKVConfig, shape: LayerShape, statistics: LayerStatistics | None) -> LayerPlan:
+    """What a config's recipe decides for a layer, of which the config may have settings of its own.
+
+    Raises:
+        ConfigError: the recipe is unknown, or a setting does not fit the layer; the message names it.
+    """
+    recipe = get(config.recipe)
+    try:
+        return recipe.plan(shape, config.for_layer(shape.layer_index), statistics)
+    except ConfigError as error:
+        raise ConfigError(f"layer {shape.layer_index}: {error}") from None
+
+
 def hadamard(size: int) -> Tensor:
     """Sylvester's Walsh-Hadamard matrix / sqrt(size), float64; for 2^a * c, c blocks of the one of 2^a."""
     power = size & -size
